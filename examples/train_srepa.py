@@ -1,0 +1,27 @@
+"""Train a SiT with representation alignment.
+
+    accelerate launch examples/train_srepa.py --config examples/configs/sit-xl-2_256_srepa-mse.yaml \
+        --data.dataset ILSVRC/imagenet-1k --output_dir runs/xl
+
+`--help` lists every option. Options come from YAML files (`--config`, repeatable, later files win) and from the
+command line, which wins over files; `--print_config` shows the whole configuration that results.
+"""
+
+import sys
+
+from diffusers_srepa import Trainer, parse_training_config
+
+
+def main() -> None:
+    """Parse, build, train."""
+    config = parse_training_config()
+    try:
+        trainer = Trainer(config)
+    except ValueError as error:
+        # One sentence instead of a traceback: what was found, what was expected, which option to change.
+        sys.exit(f"error: {error}")
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()

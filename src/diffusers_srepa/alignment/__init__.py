@@ -1,0 +1,1 @@
+"""Representation alignment: taps, projectors, objectives and their weights."""

@@ -1,0 +1,205 @@
+"""Objectives, projectors, schedules and terms from the plain literals of a configuration file.
+
+A literal is a name, or a mapping with the key `name` and the arguments of the class. An object instead of a literal
+passes through, so third parties need no registration.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffusers_srepa.alignment.objectives.base import AlignmentObjective
+from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
+from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
+from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
+from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector, saved_class_name
+from diffusers_srepa.alignment.schedule import (
+    Constant,
+    CosineDecay,
+    HardStop,
+    LinearDecay,
+    Product,
+    Schedule,
+    WarmUp,
+    as_schedule,
+)
+from diffusers_srepa.alignment.spatial_norm import SpatialNorm
+from diffusers_srepa.alignment.term import AlignmentTerm, Tap
+from diffusers_srepa.errors import ConfigurationError, close_matches
+from diffusers_srepa.tokens import TokenMap
+
+
+TokenTransform = Callable[[TokenMap], TokenMap]
+
+OBJECTIVES: dict[str, type[AlignmentObjective]] = {
+    "cosine": CosineAlignment,
+    "gram_mse": GramMSEAlignment,
+    "gram_kl": GramKLAlignment,
+}
+
+PROJECTORS: dict[str, type[nn.Module]] = {
+    "mlp": MLPProjector,
+    "linear": LinearProjector,
+    "conv": ConvProjector,
+}
+
+TARGET_TRANSFORMS: dict[str, type] = {"spatial_norm": SpatialNorm}
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    schedule.name: schedule for schedule in (Constant, LinearDecay, CosineDecay, HardStop, WarmUp, Product)
+}
+
+
+def build_objective(literal: str | Mapping[str, Any] | AlignmentObjective) -> AlignmentObjective:
+    """An objective, for instance of `"cosine"` or `{"name": "gram_kl", "tau_teacher": 0.2}`.
+
+    Raises:
+        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
+    """
+    return _build("objective", literal, OBJECTIVES)
+
+
+def build_projector(literal: str | Mapping[str, Any] | nn.Module, in_dim: int, out_dim: int) -> nn.Module:
+    """A projector from width `in_dim` to `out_dim`, for instance of `"mlp"` or `{"name": "conv", "kernel_size": 1}`.
+
+    Raises:
+        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
+    """
+    return _build("projector", literal, PROJECTORS, in_dim=in_dim, out_dim=out_dim)
+
+
+def load_projector(folder: str | Path) -> nn.Module:
+    """The projector saved in `folder`, of the class that its configuration names.
+
+    Raises:
+        ConfigurationError: the folder has no configuration, or names a class that is not registered.
+    """
+    known = {projector.__name__: projector for projector in PROJECTORS.values()}
+    class_name = saved_class_name(Path(folder))
+    if class_name is None:
+        raise ConfigurationError(f"there is no projector in {folder}: give a folder that save_pretrained wrote.")
+    if class_name not in known:
+        raise ConfigurationError(
+            f"{folder} holds a projector of the unknown class {class_name!r}: {_hint(class_name, known)}."
+        )
+    return known[class_name].from_pretrained(folder)  # type: ignore[attr-defined]
+
+
+def build_schedule(literal: float | str | Mapping[str, Any] | Sequence[Any] | Schedule) -> Schedule:
+    """A weight schedule: a number, a literal such as `{"name": "hard_stop", "step": 250000}`, or a list of factors.
+
+    Raises:
+        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
+    """
+    if isinstance(literal, Mapping) and literal.get("name") == Product.name:
+        _check_keys("schedule 'product'", {key: literal[key] for key in literal if key != "name"}, Product)
+        literal = literal["factors"]
+    if isinstance(literal, Sequence) and not isinstance(literal, str):
+        return Product(tuple(build_schedule(factor) for factor in literal))
+    if isinstance(literal, str | Mapping):
+        return _build("schedule", literal, SCHEDULES)
+    return as_schedule(literal)
+
+
+def build_target_transform(literal: str | Mapping[str, Any] | TokenTransform | None) -> TokenTransform | None:
+    """What is done to the target's tokens first, for instance `{"name": "spatial_norm", "alpha": 0.6}`, or None.
+
+    Raises:
+        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
+    """
+    return None if literal is None else _build("target_transform", literal, TARGET_TRANSFORMS)
+
+
+def build_terms(
+    literals: Mapping[str, Any], target_transform: str | Mapping[str, Any] | TokenTransform | None = None
+) -> dict[str, AlignmentTerm]:
+    """Alignment terms by name.
+
+    Args:
+        literals (`Mapping`): by name an `AlignmentTerm`, a mapping of its arguments with literals as values, or its
+            weight alone as a number. Where the objective is left out, the term's name is the objective's. A target
+            that is another tap is written `{"tap": name, "detach": true, "projector": null}`.
+        target_transform (*optional*): for the terms that have none of their own and a teacher as target.
+
+    Raises:
+        ConfigurationError: an unknown name or argument, close ones given, or a value that cannot work.
+    """
+    terms = {}
+    for name, literal in literals.items():
+        terms[name] = _build_term(name, literal)
+        if terms[name].target_transform is None and terms[name].teacher is not None:
+            terms[name].target_transform = build_target_transform(target_transform)
+    return terms
+
+
+def _build_term(name: str, literal: Any) -> AlignmentTerm:
+    if isinstance(literal, AlignmentTerm):
+        return literal
+    if not isinstance(literal, Mapping):
+        literal = {"weight": literal}
+    arguments: dict[str, Any] = {"objective": name, **literal}
+    _check_keys(f"alignment term {name!r}", arguments, AlignmentTerm)
+    arguments["objective"] = build_objective(arguments["objective"])
+    if "weight" in arguments:
+        arguments["weight"] = build_schedule(arguments["weight"])
+    if "target_transform" in arguments:
+        arguments["target_transform"] = build_target_transform(arguments["target_transform"])
+    if isinstance(arguments.get("target"), Mapping):
+        arguments["target"] = _build_tap(name, arguments["target"])
+    return AlignmentTerm(**arguments)
+
+
+def _build_tap(name: str, literal: Mapping[str, Any]) -> Tap:
+    known = {"tap", "detach", "projector"}
+    unknown = set(literal) - known
+    if unknown or "tap" not in literal:
+        raise ConfigurationError(
+            f"the target of the alignment term {name!r} is {dict(literal)}, but must have the key tap and may have "
+            "detach and projector."
+        )
+    return Tap(literal["tap"], bool(literal.get("detach", True)), literal.get("projector"))
+
+
+def _build(kind: str, literal: Any, registry: Mapping[str, type], **given: Any) -> Any:
+    """The object that `literal` describes; what is neither a name nor a mapping is taken for the object itself."""
+    if not isinstance(literal, str | Mapping):
+        return literal
+    arguments = {"name": literal} if isinstance(literal, str) else dict(literal)
+    if "name" not in arguments:
+        raise ConfigurationError(
+            f"the {kind} {arguments} has no name: give it the key name, one of {', '.join(registry)}."
+        )
+    name = arguments["name"]
+    if not isinstance(name, str) or name not in registry:
+        raise ConfigurationError(f"the {kind} {name!r} is unknown: {_hint(str(name), registry)}.")
+    arguments.pop("name")
+    _check_keys(f"{kind} {name!r}", arguments | given, registry[name], given=given)
+    try:
+        return registry[name](**arguments, **given)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigurationError(f"the {kind} {name!r} cannot be built: {reason}.") from error
+
+
+def _check_keys(kind: str, literal: Mapping[str, Any], target: type, given: Mapping[str, Any] | None = None) -> None:
+    """Refuse keys that are no argument of `target`, and arguments without default that are missing."""
+    parameters = inspect.signature(target).parameters
+    open_names = [name for name in parameters if name not in (given or {})]
+    for key in literal:
+        if key not in parameters:
+            hint = _hint(str(key), open_names) if open_names else "it takes none"
+            raise ConfigurationError(f"the {kind} has no argument {key!r}: {hint}.")
+    for name in open_names:
+        if parameters[name].default is inspect.Parameter.empty and name not in literal:
+            raise ConfigurationError(f"the {kind} needs the argument {name!r}: add it.")
+
+
+def _hint(name: str, known: Any) -> str:
+    return close_matches(name, known).rstrip("?")

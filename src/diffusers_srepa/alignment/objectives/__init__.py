@@ -1,0 +1,1 @@
+"""Alignment objectives, one per file; `base.py` states their common interface."""

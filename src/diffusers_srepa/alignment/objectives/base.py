@@ -1,0 +1,105 @@
+"""What every alignment objective has in common: which tokens it sees, in which precision, and what it refuses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+
+from diffusers_srepa.alignment.structural.normalize import compute_dtype
+from diffusers_srepa.tokens import TokenMap
+
+
+@dataclass(frozen=True)
+class AlignmentObjective(ABC):
+    """A loss between the tokens of a student and those of a target.
+
+    Subclasses implement `compute` on plain tensors. They are called with autocast disabled, in float32 (float64 if
+    every input is float64), and with the target detached unless `detaches_target` is false.
+
+    Class attributes:
+        scope: `"sample"` returns one value per sample, shape `(B,)`; `"batch"` compares samples with one another and
+            returns a scalar.
+        needs_target: whether a target is required; without the need, a given target is ignored.
+        needs_equal_width: whether student and target tokens must have the same width D.
+        min_tokens: the smallest number of tokens that makes sense.
+        detaches_target: whether the gradient to the target is cut here, whoever the target is.
+
+    Args:
+        include_prefix_tokens (`bool`): whether class and register tokens take part, or patch tokens alone.
+    """
+
+    scope: ClassVar[Literal["sample", "batch"]] = "sample"
+    needs_target: ClassVar[bool] = True
+    needs_equal_width: ClassVar[bool] = False
+    min_tokens: ClassVar[int] = 1
+    detaches_target: ClassVar[bool] = True
+
+    include_prefix_tokens: bool = field(default=True, kw_only=True)
+
+    def __call__(self, student: TokenMap, target: TokenMap | None = None) -> torch.Tensor:
+        """The loss of `student` against `target`.
+
+        Args:
+            student (`TokenMap`): tokens of shape `(B, P + N, D_S)`, any float dtype.
+            target (`TokenMap`, *optional*): tokens of shape `(B, P + N, D_T)` on the same grid.
+
+        Returns:
+            `torch.Tensor`: shape `(B,)` for scope `"sample"`, `()` for scope `"batch"`; float32 or float64.
+
+        Raises:
+            ValueError: the target is missing, or batch sizes, grids, prefix tokens, widths or token counts do not fit.
+        """
+        if not self.needs_target:
+            target = None
+        self.check(student, target)
+        student_tokens = self._select(student)
+        target_tokens = None if target is None else self._select(target)
+        dtype = compute_dtype(*(tokens for tokens in (student_tokens, target_tokens) if tokens is not None))
+        with torch.autocast(device_type=student_tokens.device.type, enabled=False):
+            if target_tokens is not None:
+                target_tokens = (target_tokens.detach() if self.detaches_target else target_tokens).to(dtype)
+            return self.compute(student_tokens.to(dtype), target_tokens)
+
+    @abstractmethod
+    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+        """The loss on raw tokens `(B, N, D_S)` and `(B, N, D_T)`: `(B,)` or a scalar, as `scope` says."""
+
+    def check(self, student: TokenMap, target: TokenMap | None) -> None:
+        """Raise `ValueError` unless this objective can compare these tokens."""
+        name = type(self).__name__
+        num_tokens = self._select(student).shape[1]
+        if num_tokens < self.min_tokens:
+            raise ValueError(
+                f"{name} needs at least {self.min_tokens} tokens per sample, but the student has {num_tokens}: use a "
+                "larger token grid."
+            )
+        if target is None:
+            if self.needs_target:
+                raise ValueError(f"{name} compares the student with a target, but got none: set the term's target.")
+            return
+        if student.tokens.shape[0] != target.tokens.shape[0]:
+            raise ValueError(
+                f"{name} needs student and target of the same batch, but their batch sizes are "
+                f"{student.tokens.shape[0]} and {target.tokens.shape[0]}."
+            )
+        if tuple(student.grid) != tuple(target.grid):
+            raise ValueError(
+                f"{name} compares token by token, but the student's grid is {tuple(student.grid)} and the target's is "
+                f"{tuple(target.grid)}: set the teacher's grid, or resample its tokens."
+            )
+        if self.include_prefix_tokens and student.num_prefix_tokens != target.num_prefix_tokens:
+            raise ValueError(
+                f"{name} compares token by token, but the student has {student.num_prefix_tokens} prefix tokens and "
+                f"the target {target.num_prefix_tokens}: give both a class token, or set include_prefix_tokens=False."
+            )
+        if self.needs_equal_width and student.dim != target.dim:
+            raise ValueError(
+                f"{name} needs tokens of equal width, but the student's are {student.dim} wide and the target's "
+                f"{target.dim}: use a projector with out_dim={target.dim}."
+            )
+
+    def _select(self, token_map: TokenMap) -> torch.Tensor:
+        return token_map.tokens if self.include_prefix_tokens else token_map.patch_tokens

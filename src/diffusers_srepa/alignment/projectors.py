@@ -1,0 +1,197 @@
+"""Projectors: from the student's token width to the teacher's, used in training only.
+
+Each is a model of its own with its own configuration, saved by `save_pretrained` in its own folder, never inside the
+transformer. A projector takes a `TokenMap` (or plain tokens `(B, N, D)`, where the grid plays no role) and returns the
+same kind.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.tokens import TokenMap
+
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+CONFIG_FILE = "config.json"
+
+Tokens = TypeVar("Tokens", TokenMap, torch.Tensor)
+
+
+class MLPProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """REPA's projector: Linear, SiLU, Linear, SiLU, Linear, applied to every token, prefix tokens included.
+
+    Args:
+        in_dim (`int`): width D of the student's tokens.
+        out_dim (`int`): width of the teacher's tokens.
+        hidden_dim (`int`, *optional*, defaults to 2048): width of the two hidden layers.
+    """
+
+    takes_token_map = True
+
+    @register_to_config
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048) -> None:
+        super().__init__()
+        _check_positive(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim)
+        self.layers = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, out_dim),
+        )
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform weights and zero biases, as in REPA."""
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                _initialize_linear(layer)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Tokens of shape `(B, P + N, in_dim)` to `(B, P + N, out_dim)`, a `TokenMap` or a tensor."""
+        return _per_token(self.layers, tokens)
+
+
+class LinearProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """One linear layer, applied to every token, prefix tokens included.
+
+    Args:
+        in_dim (`int`): width D of the student's tokens.
+        out_dim (`int`): width of the teacher's tokens.
+    """
+
+    takes_token_map = True
+
+    @register_to_config
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        _check_positive(in_dim=in_dim, out_dim=out_dim)
+        self.linear = nn.Linear(in_dim, out_dim)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform weight and zero bias, as in iREPA."""
+        _initialize_linear(self.linear)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Tokens of shape `(B, P + N, in_dim)` to `(B, P + N, out_dim)`, a `TokenMap` or a tensor."""
+        return _per_token(self.linear, tokens)
+
+
+class ConvProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """iREPA's projector (arXiv 2512.10794): one convolution over the token grid, zero-padded to keep its size.
+
+    Prefix tokens have no place on the grid: they are dropped, so what is aligned afterwards are patch tokens alone.
+
+    Args:
+        in_dim (`int`): width D of the student's tokens.
+        out_dim (`int`): width of the teacher's tokens.
+        kernel_size (`int`, *optional*, defaults to 3):
+            odd; iREPA's paper says 3, the configuration it released runs 1.
+    """
+
+    takes_token_map = True
+
+    @register_to_config
+    def __init__(self, in_dim: int, out_dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        _check_positive(in_dim=in_dim, out_dim=out_dim, kernel_size=kernel_size)
+        if kernel_size % 2 == 0:
+            raise ConfigurationError(
+                f"the projector's kernel_size is {kernel_size}, but must be odd, so that the grid keeps its size."
+            )
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size, padding=kernel_size // 2)
+
+    def initialize_weights(self) -> None:
+        """PyTorch's own initialisation of a convolution, which iREPA leaves in place."""
+        self.conv.reset_parameters()
+
+    def forward(self, tokens: TokenMap) -> TokenMap:
+        """A `TokenMap` of width `in_dim` to one of patch tokens `(B, N, out_dim)` on the same grid.
+
+        Raises:
+            ValueError: plain tokens without a grid are given.
+        """
+        if not isinstance(tokens, TokenMap):
+            raise ValueError("a ConvProjector needs the token grid: call it with a TokenMap, not with plain tokens.")
+        return TokenMap.from_map(self.conv(tokens.patch_map()))
+
+
+def save_projector(projector: nn.Module, folder: Path) -> None:
+    """Write a projector by its `save_pretrained`, or as bare safetensors weights if it has none."""
+    if isinstance(projector, ModelMixin):
+        projector.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # Cloned, because safetensors refuses tensors that share memory.
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in projector.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE)
+
+
+def read_projector(projector: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict for `projector` that `save_projector` wrote.
+
+    Raises:
+        ConfigurationError: the folder holds no weights, or those of another class or of other sizes.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ConfigurationError(
+            f"there are no projector weights in {folder}: give the folder that holds {folder.name!r}."
+        )
+    saved_class = saved_class_name(folder)
+    if saved_class not in (None, type(projector).__name__):
+        raise ConfigurationError(
+            f"{folder} holds a {saved_class}, but this projector is a {type(projector).__name__}: change the "
+            "projector."
+        )
+    state = load_file(folder / WEIGHTS_FILE)
+    expected = {name: tuple(value.shape) for name, value in projector.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if found != expected:
+        raise ConfigurationError(
+            f"{folder} holds a projector of shapes {found}, but this one has {expected}: change the projector, the "
+            "transformer or the teacher."
+        )
+    return state
+
+
+def saved_class_name(folder: Path) -> str | None:
+    """The class that a projector's folder names, None if it holds bare weights.
+
+    Raises:
+        ConfigurationError: its configuration is no valid JSON.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text()).get("_class_name")
+    except ValueError:
+        raise ConfigurationError(f"{file} is no valid JSON: give the folder of a saved projector.") from None
+
+
+def _per_token(layer: nn.Module, tokens: Tokens) -> Tokens:
+    if isinstance(tokens, TokenMap):
+        return tokens.with_tokens(layer(tokens.tokens))
+    return layer(tokens)
+
+
+def _initialize_linear(linear: nn.Linear) -> None:
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigurationError(f"the projector's {name} is {size!r}, but must be a positive whole number.")

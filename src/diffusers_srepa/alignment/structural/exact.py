@@ -1,0 +1,110 @@
+"""The structural losses on raw tokens: checks, precision, and the choice between equivalent forms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from diffusers_srepa.alignment.structural.normalize import compute_dtype
+from diffusers_srepa.alignment.structural.reference import reference_gram_kl, reference_gram_mse
+
+
+MSE_FORMS = ("auto", "gram", "feature", "reference")
+KL_FORMS = ("auto", "tiled", "reference")
+KL_REDUCTIONS = ("mean", "batchmean")
+
+
+def gram_mse_loss(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor, form: str = "auto") -> torch.Tensor:
+    """Mean squared difference of the off-diagonal cosine similarities of student and teacher (sREPA Eq. 6).
+
+    Computed outside autocast, in float64 if both inputs are float64 and in float32 otherwise. The teacher is detached.
+
+    Args:
+        student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, any float dtype, N >= 2.
+        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)`; `D_T` may differ from `D_S`.
+        form (`str`): `"auto"` takes the cheaper of `"gram"` (N x N matrices) and `"feature"` (D x D matrices);
+            `"reference"` is the plain formula.
+
+    Returns:
+        `torch.Tensor`: one value per sample, shape `(B,)`.
+
+    Raises:
+        ValueError: the shapes do not fit, there are fewer than two tokens, or `form` is unknown.
+    """
+    check_choice("form", form, MSE_FORMS)
+    check_tokens(student_tokens, teacher_tokens)
+    dtype = compute_dtype(student_tokens, teacher_tokens)
+    with torch.autocast(device_type=student_tokens.device.type, enabled=False):
+        return reference_gram_mse(student_tokens.to(dtype), teacher_tokens.detach().to(dtype))
+
+
+def gram_kl_loss(
+    student_tokens: torch.Tensor,
+    teacher_tokens: torch.Tensor,
+    tau_teacher: float = 0.2,
+    tau_student: float = 0.2,
+    reduction: str = "mean",
+    form: str = "auto",
+) -> torch.Tensor:
+    """KL divergence between the neighbour distributions of teacher and student (sREPA Eq. 7 and 8).
+
+    Computed outside autocast, in float64 if both inputs are float64 and in float32 otherwise. The teacher is detached.
+
+    Args:
+        student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, any float dtype, N >= 2.
+        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)`; `D_T` may differ from `D_S`.
+        tau_teacher (`float`): temperature of the teacher's softmax, > 0.
+        tau_student (`float`): temperature of the student's softmax, > 0.
+        reduction (`str`): `"mean"` over tokens is Eq. 8; `"batchmean"` is the sum over tokens, N times larger, which
+            Algorithm 1 computes when taken literally.
+        form (`str`): `"auto"` and `"tiled"` never build an N x N matrix; `"reference"` is the plain formula.
+
+    Returns:
+        `torch.Tensor`: one value per sample, shape `(B,)`.
+
+    Raises:
+        ValueError: the shapes do not fit, there are fewer than two tokens, a temperature is not positive, or `form` or
+            `reduction` is unknown.
+    """
+    check_choice("form", form, KL_FORMS)
+    check_choice("reduction", reduction, KL_REDUCTIONS)
+    check_temperature("tau_teacher", tau_teacher)
+    check_temperature("tau_student", tau_student)
+    check_tokens(student_tokens, teacher_tokens)
+    dtype = compute_dtype(student_tokens, teacher_tokens)
+    with torch.autocast(device_type=student_tokens.device.type, enabled=False):
+        return reference_gram_kl(
+            student_tokens.to(dtype), teacher_tokens.detach().to(dtype), tau_teacher, tau_student, reduction
+        )
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, but is {value!r}.")
+
+
+def check_temperature(option: str, value: float) -> None:
+    """Raise `ValueError` unless `value` is a positive finite temperature."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{option} must be a positive temperature, but is {value!r}.")
+
+
+def check_tokens(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> None:
+    """Raise `ValueError` unless both are `(B, N, D)` tokens with the same B and the same N >= 2."""
+    for name, tokens in (("student_tokens", student_tokens), ("teacher_tokens", teacher_tokens)):
+        if tokens.ndim != 3:
+            raise ValueError(f"{name} must have shape (B, N, D), but has shape {tuple(tokens.shape)}.")
+        if not tokens.is_floating_point():
+            raise ValueError(f"{name} must be floating point, but has dtype {tokens.dtype}.")
+    if student_tokens.shape[:2] != teacher_tokens.shape[:2]:
+        raise ValueError(
+            f"student_tokens {tuple(student_tokens.shape)} and teacher_tokens {tuple(teacher_tokens.shape)} must "
+            "agree in batch size and number of tokens: check the teacher's grid."
+        )
+    if student_tokens.shape[1] < 2:
+        raise ValueError(
+            f"a structural loss compares pairs of tokens and needs at least 2 of them, but got "
+            f"{student_tokens.shape[1]}: use a larger token grid."
+        )

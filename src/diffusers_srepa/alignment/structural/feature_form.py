@@ -1,0 +1,128 @@
+"""Gram-MSE through D x D products, linear in N: the form for many tokens.
+
+`|Z_T Z_T' - Z_S Z_S'|^2 = |Z_T' Z_T|^2 - 2 |Z_T' Z_S|^2 + |Z_S' Z_S|^2`, where Z are the normalised tokens of a sample.
+The sum includes the diagonal, which differs from zero only where exactly one of two tokens counts as zero, by 1.
+
+The three terms nearly cancel when student and teacher agree: in float32 the loss has an error of about
+`1e-5 (|S_T|^2 + |S_S|^2) / (N (N - 1))`, so that TensorFloat-32 products, a thousand times coarser, are switched off.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from diffusers_srepa.alignment.structural.normalize import compute_dtype, inverse_norms, tangent_gradient_
+from diffusers_srepa.alignment.structural.tiling import (
+    add_upper_gram_,
+    mirror_upper_,
+    plan_chunks,
+    squared_norms,
+)
+
+
+def feature_form_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
+    """Gram-MSE of raw tokens `(B, N, D_S)` and `(B, N, D_T)`, N >= 2: one value per sample, shape `(B,)`.
+
+    Computed in float32, or in float64 if both inputs are float64. Differentiable once, in the student alone. Keeps
+    `B D_S (D_S + D_T)` numbers for the backward pass.
+    """
+    return _FeatureFormMSE.apply(student_tokens, teacher_tokens)
+
+
+class _FeatureFormMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher):  # type: ignore[no-untyped-def]
+        losses, cross, own = _forward(student, teacher)
+        ctx.save_for_backward(student, teacher, cross, own)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_losses):  # type: ignore[no-untyped-def]
+        return _backward(grad_losses, *ctx.saved_tensors), None
+
+
+@torch.library.custom_op("diffusers_srepa::feature_form_mse", mutates_args=())
+def _forward(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses `(B,)`, `Z_T' Z_S` of shape `(B, D_T, D_S)` and `Z_S' Z_S` of shape `(B, D_S, D_S)`."""
+    (num_samples, num_tokens, student_dim), teacher_dim = student.shape, teacher.shape[2]
+    dtype = compute_dtype(student, teacher)
+    cross = student.new_zeros(num_samples, teacher_dim, student_dim, dtype=dtype)
+    own = student.new_zeros(num_samples, student_dim, student_dim, dtype=dtype)
+    losses = student.new_zeros(num_samples, dtype=dtype)
+    plan = plan_chunks(student, teacher)
+    with full_precision_products():
+        for chunk in plan.chunks():
+            target = torch.zeros_like(losses[chunk]).view(-1, 1, 1).repeat(1, teacher_dim, teacher_dim)
+            for rows in plan.rows():
+                z_student, inverse_student = _normalize(student[chunk, rows], dtype)
+                z_teacher, inverse_teacher = _normalize(teacher[chunk, rows], dtype)
+                add_upper_gram_(own[chunk], z_student)
+                add_upper_gram_(target, z_teacher)
+                cross[chunk].baddbmm_(z_teacher.transpose(1, 2), z_student)
+                losses[chunk] -= ((inverse_student > 0) != (inverse_teacher > 0)).sum(dim=(1, 2))
+            mirror_upper_(own[chunk])
+            mirror_upper_(target)
+            losses[chunk] += squared_norms(target) - 2 * squared_norms(cross[chunk]) + squared_norms(own[chunk])
+    return losses / (num_tokens * (num_tokens - 1)), cross, own
+
+
+@_forward.register_fake
+def _(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_samples, student_dim, teacher_dim = student.shape[0], student.shape[2], teacher.shape[2]
+    dtype = compute_dtype(student, teacher)
+    return (
+        student.new_empty(num_samples, dtype=dtype),
+        student.new_empty(num_samples, teacher_dim, student_dim, dtype=dtype),
+        student.new_empty(num_samples, student_dim, student_dim, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("diffusers_srepa::feature_form_mse_backward", mutates_args=())
+def _backward(
+    grad_losses: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor, cross: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the losses, weighted by `grad_losses`, with respect to the raw student tokens."""
+    num_tokens = student.shape[1]
+    plan = plan_chunks(student, teacher)
+    gradient = torch.empty(student.shape, dtype=own.dtype, device=student.device)
+    factors = (grad_losses * (4 / (num_tokens * (num_tokens - 1)))).view(-1, 1, 1)
+    with full_precision_products():
+        for chunk in plan.chunks():
+            for rows in plan.rows():
+                z_student, inverse_student = _normalize(student[chunk, rows], own.dtype)
+                z_teacher, _ = _normalize(teacher[chunk, rows], own.dtype)
+                grad_z = gradient[chunk, rows]
+                grad_z.baddbmm_(z_student, own[chunk], beta=0).baddbmm_(z_teacher, cross[chunk], alpha=-1)
+                tangent_gradient_(grad_z, z_student, inverse_student * factors[chunk])
+    return gradient.to(student.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad_losses: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor, cross: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+@contextmanager
+def full_precision_products() -> Iterator[None]:
+    """Matrix products of float32 tensors in float32, whatever the global settings, which are put back at the end."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    # torch >= 2.9 has one setting per backend; before, CUDA alone has one.
+    settings = [(backend, "fp32_precision", "ieee") for backend in backends if hasattr(backend, "fp32_precision")]
+    settings = settings or [(torch.backends.cuda.matmul, "allow_tf32", False)]
+    saved = [getattr(backend, name) for backend, name, _ in settings]
+    try:
+        for backend, name, exact in settings:
+            setattr(backend, name, exact)
+        yield
+    finally:
+        for (backend, name, _), value in zip(settings, saved, strict=True):
+            setattr(backend, name, value)
+
+
+def _normalize(tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = tokens.to(dtype)
+    inverse = inverse_norms(tokens)
+    return tokens * inverse, inverse

@@ -1,0 +1,89 @@
+"""Gram-MSE through N x N differences of similarities, half of them: the form for small and medium N.
+
+With `M = S_T - S_S`, diagonal left out, the loss of a sample is `|M|^2 / (N (N - 1))` and its gradient with respect to
+the normalised student tokens is `-4 M Z_S / (N (N - 1))`. M is symmetric: the upper tiles are computed, kept for the
+backward pass, and used twice there.
+"""
+
+import torch
+
+from diffusers_srepa.alignment.structural.normalize import (
+    compute_dtype,
+    inverse_norms,
+    normalize_tokens,
+    tangent_gradient_,
+)
+from diffusers_srepa.alignment.structural.tiling import add_symmetric_product_, plan_tiles, squared_norms
+
+
+def gram_form_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
+    """Gram-MSE of raw tokens `(B, N, D_S)` and `(B, N, D_T)`, N >= 2: one value per sample, shape `(B,)`.
+
+    Computed in float32, or in float64 if both inputs are float64. Differentiable once, in the student alone.
+    """
+    return _GramFormMSE.apply(student_tokens, teacher_tokens)
+
+
+class _GramFormMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher):  # type: ignore[no-untyped-def]
+        losses, differences = _forward(student, teacher)
+        ctx.save_for_backward(student, differences)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_losses):  # type: ignore[no-untyped-def]
+        student, differences = ctx.saved_tensors
+        return _backward(grad_losses, student, differences), None
+
+
+@torch.library.custom_op("diffusers_srepa::gram_form_mse", mutates_args=())
+def _forward(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses `(B,)` and the packed upper tiles of M."""
+    num_samples, num_tokens, _ = student.shape
+    dtype = compute_dtype(student, teacher)
+    plan = plan_tiles(student)
+    losses = student.new_zeros(num_samples, dtype=dtype)
+    differences = student.new_empty(num_samples, plan.packed_size, dtype=dtype)
+    for chunk in plan.chunks():
+        z_student = normalize_tokens(student[chunk].to(dtype))
+        z_teacher = normalize_tokens(teacher[chunk].to(dtype))
+        for tile in plan.tiles():
+            block = tile.view(differences[chunk])
+            block.baddbmm_(z_teacher[:, tile.rows], z_teacher[:, tile.columns].transpose(1, 2), beta=0)
+            block.baddbmm_(z_student[:, tile.rows], z_student[:, tile.columns].transpose(1, 2), alpha=-1)
+            # Exact also where a zero token makes only one of the two diagonals differ from 1.
+            block.diagonal(dim1=1, dim2=2).zero_()
+            inside, right = block.split([tile.num_rows, tile.num_tokens - tile.stop], dim=2)
+            losses[chunk] += squared_norms(inside) + 2 * squared_norms(right)
+    return losses / (num_tokens * (num_tokens - 1)), differences
+
+
+@_forward.register_fake
+def _(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    num_samples, num_tokens, _ = student.shape
+    dtype = compute_dtype(student, teacher)
+    packed_size = plan_tiles(student).packed_size
+    return student.new_empty(num_samples, dtype=dtype), student.new_empty(num_samples, packed_size, dtype=dtype)
+
+
+@torch.library.custom_op("diffusers_srepa::gram_form_mse_backward", mutates_args=())
+def _backward(grad_losses: torch.Tensor, student: torch.Tensor, differences: torch.Tensor) -> torch.Tensor:
+    """The gradient of the losses, weighted by `grad_losses`, with respect to the raw student tokens."""
+    num_samples, num_tokens, _ = student.shape
+    plan = plan_tiles(student)
+    gradient = torch.empty(student.shape, dtype=differences.dtype, device=student.device)
+    factors = (grad_losses * (-4 / (num_tokens * (num_tokens - 1)))).view(-1, 1, 1)
+    for chunk in plan.chunks():
+        raw = student[chunk].to(differences.dtype)
+        inverse = inverse_norms(raw)
+        z_student = raw * inverse
+        for tile in plan.tiles():
+            add_symmetric_product_(gradient[chunk], tile.view(differences[chunk]), z_student, tile)
+        tangent_gradient_(gradient[chunk], z_student, inverse * factors[chunk])
+    return gradient.to(student.dtype)
+
+
+@_backward.register_fake
+def _(grad_losses: torch.Tensor, student: torch.Tensor, differences: torch.Tensor) -> torch.Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)

@@ -1,0 +1,58 @@
+"""L2 normalisation of tokens, with a rule for zero tokens that keeps gradients finite."""
+
+from __future__ import annotations
+
+import torch
+
+
+ZERO_NORM = 1e-6
+"""A token whose norm is below this counts as zero."""
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of the losses: float64 if every tensor is float64, else float32."""
+    return torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def inverse_norms(tokens: torch.Tensor) -> torch.Tensor:
+    """`1 / |x_i|` for each token, and 0 for a token with `|x_i| < 1e-6`.
+
+    Args:
+        tokens (`torch.Tensor`): shape `(..., D)`, float32 or float64.
+
+    Returns:
+        `torch.Tensor`: shape `(..., 1)`.
+    """
+    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    is_zero = norms < ZERO_NORM
+    # The inner `where` keeps 1 / 0 out of the graph: its infinite derivative times the outer zero would be NaN.
+    return torch.where(is_zero, torch.zeros_like(norms), 1.0 / torch.where(is_zero, torch.ones_like(norms), norms))
+
+
+def normalize_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """Unit-length tokens `x_i / |x_i|`; a token with norm below 1e-6 becomes zero and gets zero gradient.
+
+    `torch.nn.functional.normalize` divides such a token by its epsilon instead, so its gradient is of order 1e12 and
+    gradient clipping then erases the step.
+
+    Args:
+        tokens (`torch.Tensor`): shape `(..., D)`, float32 or float64.
+
+    Returns:
+        `torch.Tensor`: same shape and dtype.
+    """
+    return tokens * inverse_norms(tokens)
+
+
+def tangent_gradient_(gradient: torch.Tensor, normalized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The gradient with respect to raw tokens from the one with respect to normalised tokens, in place.
+
+    For `z = x / |x|` it is `(g - z (z . g)) / |x|`; a zero token has `z = 0` and scale 0 and so gets none.
+
+    Args:
+        gradient (`torch.Tensor`): g, shape `(..., D)`; overwritten by the result.
+        normalized (`torch.Tensor`): z, same shape.
+        scale (`torch.Tensor`): `1 / |x|` from `inverse_norms`, times any factor, shape `(..., 1)`.
+    """
+    radial = torch.linalg.vecdot(gradient, normalized).unsqueeze(-1)
+    return gradient.addcmul_(normalized, radial, value=-1).mul_(scale)

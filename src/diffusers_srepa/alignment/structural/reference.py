@@ -1,0 +1,108 @@
+"""The structural losses as the sREPA paper writes them: Algorithm 1 and Eq. 5-8, with no shortcut.
+
+These forms build every N x N matrix and exist to be read and to test `exact.py` against. They compute in the dtype
+of their inputs and differ from the paper's text in one point: a token with norm below 1e-6 counts as zero (see
+`normalize.py`). The teacher is detached in all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from diffusers_srepa.alignment.structural.normalize import normalize_tokens
+
+
+def cosine_gram(tokens: torch.Tensor) -> torch.Tensor:
+    """Pairwise cosine similarities (Eq. 5).
+
+    Args:
+        tokens (`torch.Tensor`): raw tokens of shape `(B, N, D)`.
+
+    Returns:
+        `torch.Tensor`: shape `(B, N, N)`.
+    """
+    normalized = normalize_tokens(tokens)
+    return torch.bmm(normalized, normalized.transpose(1, 2))
+
+
+def off_diagonal(matrices: torch.Tensor) -> torch.Tensor:
+    """The entries `i != j` of `(B, N, N)` as `(B, N, N - 1)`: the mask of Algorithm 1."""
+    batch_size, num_tokens, _ = matrices.shape
+    mask = ~torch.eye(num_tokens, dtype=torch.bool, device=matrices.device)
+    return matrices[:, mask].reshape(batch_size, num_tokens, num_tokens - 1)
+
+
+def reference_gram_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
+    """Squared difference of the cosine Gram matrices, mean over `i != j` (Eq. 6).
+
+    Args:
+        student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, N >= 2.
+        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)`.
+
+    Returns:
+        `torch.Tensor`: one value per sample, shape `(B,)`.
+    """
+    student = off_diagonal(cosine_gram(student_tokens))
+    teacher = off_diagonal(cosine_gram(teacher_tokens.detach()))
+    return (teacher - student).square().mean(dim=(1, 2))
+
+
+def reference_gram_kl(
+    student_tokens: torch.Tensor,
+    teacher_tokens: torch.Tensor,
+    tau_teacher: float = 0.2,
+    tau_student: float = 0.2,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """KL divergence of the student's neighbour distribution from the teacher's (Eq. 7 and 8).
+
+    Args:
+        student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, N >= 2.
+        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)`.
+        tau_teacher (`float`): temperature of the teacher's softmax.
+        tau_student (`float`): temperature of the student's softmax.
+        reduction (`str`): `"mean"` averages over tokens (Eq. 8); `"batchmean"` sums over them, which is what the
+            reduction of that name does to the three-dimensional input of Algorithm 1.
+
+    Returns:
+        `torch.Tensor`: one value per sample, shape `(B,)`.
+    """
+    teacher = off_diagonal(cosine_gram(teacher_tokens.detach()))
+    student = off_diagonal(cosine_gram(student_tokens))
+    teacher_probabilities = F.softmax(teacher / tau_teacher, dim=-1)
+    student_log_probabilities = F.log_softmax(student / tau_student, dim=-1)
+    divergence = F.kl_div(student_log_probabilities, teacher_probabilities, reduction="none").sum(dim=-1)
+    return divergence.mean(dim=1) if reduction == "mean" else divergence.sum(dim=1)
+
+
+def algorithm_1(
+    student_tokens: torch.Tensor,
+    teacher_tokens: torch.Tensor,
+    mode: str = "mse",
+    tau_teacher: float = 0.2,
+    tau_student: float = 0.2,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both losses of the paper's Algorithm 1, unweighted, with its own normalisation and reductions.
+
+    Args:
+        student_tokens (`torch.Tensor`): raw projected tokens of shape `(B, N, D)`.
+        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D)`.
+        mode (`str`): `"mse"` or `"kl"`.
+        tau_teacher (`float`): temperature of the teacher's softmax.
+        tau_student (`float`): temperature of the student's softmax.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: projection loss and structural loss, two scalars over the batch. The KL
+        value is N times Eq. 8, because `batchmean` divides by the batch size alone.
+    """
+    teacher = F.normalize(teacher_tokens.detach(), dim=-1)
+    student = F.normalize(student_tokens, dim=-1)
+    projection_loss = -(teacher * student).sum(dim=-1).mean()
+    teacher_gram = off_diagonal(torch.bmm(teacher, teacher.transpose(1, 2)))
+    student_gram = off_diagonal(torch.bmm(student, student.transpose(1, 2)))
+    if mode == "mse":
+        return projection_loss, F.mse_loss(student_gram, teacher_gram)
+    probabilities = F.softmax(teacher_gram / tau_teacher, dim=-1)
+    log_probabilities = F.log_softmax(student_gram / tau_student, dim=-1)
+    return projection_loss, F.kl_div(log_probabilities, probabilities, reduction="batchmean")

@@ -1,0 +1,172 @@
+"""How large products are walked: a few samples at a time, and within them tiles or chunks of rows.
+
+The N x N matrices of the structural losses are symmetric, so the tile of rows `[start, stop)` needs the columns from
+`start` on alone; the rest is the transpose of other tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+# What is worked on at a time should stay in the caches of a CPU; an accelerator wants few, large products instead.
+CPU_TILE_ROWS = 128
+CPU_TILE_ELEMENTS = 1 << 18
+CPU_CHUNK_ELEMENTS = 1 << 20
+ACCELERATOR_ELEMENTS = 1 << 26
+# Width of the column blocks of a symmetric D x D product.
+GRAM_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Rows `[start, stop)` against columns `[start, num_tokens)`, at `offset` in a packed buffer."""
+
+    start: int
+    stop: int
+    num_tokens: int
+    offset: int
+
+    @property
+    def num_rows(self) -> int:
+        """Height of the tile."""
+        return self.stop - self.start
+
+    @property
+    def rows(self) -> slice:
+        """The tile's rows."""
+        return slice(self.start, self.stop)
+
+    @property
+    def columns(self) -> slice:
+        """The tile's columns."""
+        return slice(self.start, self.num_tokens)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the tile."""
+        return self.num_rows * (self.num_tokens - self.start)
+
+    def view(self, packed: torch.Tensor) -> torch.Tensor:
+        """This tile of a packed buffer `(B, packed_size)` as `(B, num_rows, num_tokens - start)`."""
+        return packed[:, self.offset : self.offset + self.size].unflatten(1, (self.num_rows, -1))
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """A walk through the upper triangles of `(B, N, N)`.
+
+    Args:
+        num_samples (`int`): B.
+        num_tokens (`int`): N.
+        samples_per_chunk (`int`): samples that are treated together.
+        rows_per_tile (`int`): rows of a tile.
+    """
+
+    num_samples: int
+    num_tokens: int
+    samples_per_chunk: int
+    rows_per_tile: int
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the batch."""
+        return _slices(self.num_samples, self.samples_per_chunk)
+
+    def tiles(self) -> Iterator[RowTile]:
+        """The upper triangle in tiles of rows, the first of which holds all columns."""
+        offset = 0
+        for rows in _slices(self.num_tokens, self.rows_per_tile):
+            tile = RowTile(rows.start, rows.stop, self.num_tokens, offset)
+            offset += tile.size
+            yield tile
+
+    @property
+    def packed_size(self) -> int:
+        """Number of elements of all tiles of one sample; a closed form, since N may be symbolic."""
+        rows, num_full = self.rows_per_tile, self.num_tokens // self.rows_per_tile
+        rest = self.num_tokens - num_full * rows
+        return rows * (num_full * self.num_tokens - rows * (num_full * (num_full - 1) // 2)) + rest * rest
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """A walk through `(B, N, D)`: chunks of samples, and within them chunks of rows."""
+
+    num_samples: int
+    num_tokens: int
+    samples_per_chunk: int
+    rows_per_chunk: int
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the batch."""
+        return _slices(self.num_samples, self.samples_per_chunk)
+
+    def rows(self) -> Iterator[slice]:
+        """Slices of the tokens."""
+        return _slices(self.num_tokens, self.rows_per_chunk)
+
+
+def plan_tiles(student: torch.Tensor) -> TilePlan:
+    """The walk for tokens of shape `(B, N, D)`; its tiles depend on N and the device alone."""
+    num_samples, num_tokens, dim = student.shape
+    on_cpu = student.device.type == "cpu"
+    budget = CPU_TILE_ELEMENTS if on_cpu else ACCELERATOR_ELEMENTS
+    rows = min(num_tokens, CPU_TILE_ROWS if on_cpu else max(CPU_TILE_ROWS, budget // num_tokens))
+    samples = max(1, budget // (num_tokens * max(rows, dim)))
+    return TilePlan(num_samples, num_tokens, samples, rows)
+
+
+def plan_chunks(student: torch.Tensor, teacher: torch.Tensor) -> ChunkPlan:
+    """The walk for tokens `(B, N, D_S)` and `(B, N, D_T)` whose D x D products are accumulated."""
+    num_samples, num_tokens, student_dim = student.shape
+    teacher_dim = teacher.shape[2]
+    budget = CPU_CHUNK_ELEMENTS if student.device.type == "cpu" else ACCELERATOR_ELEMENTS
+    samples = max(1, min(num_samples, budget // max(student_dim, teacher_dim) ** 2))
+    rows = min(num_tokens, max(CPU_TILE_ROWS, budget // (samples * (student_dim + teacher_dim))))
+    return ChunkPlan(num_samples, num_tokens, samples, rows)
+
+
+def add_symmetric_product_(out: torch.Tensor, block: torch.Tensor, tokens: torch.Tensor, tile: RowTile) -> None:
+    """Add to `out` what one upper tile of a symmetric matrix contributes to the matrix times `tokens`, in place.
+
+    Args:
+        out (`torch.Tensor`): shape `(B, N, D)`; the first tile overwrites what is there.
+        block (`torch.Tensor`): the tile, shape `(B, num_rows, N - start)`.
+        tokens (`torch.Tensor`): shape `(B, N, D)`.
+        tile (`RowTile`): where the block is.
+    """
+    beta = 0 if tile.start == 0 else 1
+    out[:, tile.rows].baddbmm_(block, tokens[:, tile.columns], beta=beta)
+    if tile.stop < tile.num_tokens:
+        right = block[:, :, tile.num_rows :]
+        out[:, tile.stop :].baddbmm_(right.transpose(1, 2), tokens[:, tile.rows], beta=beta)
+
+
+def add_upper_gram_(out: torch.Tensor, features: torch.Tensor) -> None:
+    """Add `features' features` to `out`, in place, in blocks that cover the upper triangle; the rest is left alone.
+
+    Args:
+        out (`torch.Tensor`): shape `(B, D, D)`.
+        features (`torch.Tensor`): shape `(B, N, D)`.
+    """
+    for rows in _slices(features.shape[2], GRAM_BLOCK):
+        out[:, rows, rows.start :].baddbmm_(features[:, :, rows].transpose(1, 2), features[:, :, rows.start :])
+
+
+def mirror_upper_(matrices: torch.Tensor) -> None:
+    """Make `(B, D, D)` symmetric from its upper triangle, in place."""
+    for rows in _slices(matrices.shape[1], GRAM_BLOCK):
+        matrices[:, rows.stop :, rows] = matrices[:, rows, rows.stop :].transpose(1, 2)
+
+
+def squared_norms(matrices: torch.Tensor) -> torch.Tensor:
+    """Squared Frobenius norms of `(B, R, C)`; row by row, since one long float32 sum would lose digits."""
+    return torch.linalg.vector_norm(matrices, dim=-1).square().sum(dim=-1)
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

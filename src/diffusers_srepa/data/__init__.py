@@ -1,0 +1,1 @@
+"""Datasets of images, their order, and caches of their latents."""

@@ -1,0 +1,262 @@
+"""Writing the latents of a dataset once, so that training does not have to encode images.
+
+The work is cut into shards. A shard is written under a temporary name, made durable and renamed, then marked as done,
+so that a killed run repeats at most the shard it was at. Processes write shards of their own; whichever finds all of
+them done writes the one file that makes the folder a cache.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from diffusers_srepa.data.image_dataset import ImageDataset
+from diffusers_srepa.data.latent_store import LAYOUT_FILE, CacheLayout, LatentCache, shard_file
+from diffusers_srepa.errors import ConfigurationError, DataError
+from diffusers_srepa.latents.codec import LatentCodec
+
+
+__all__ = ["CacheLayout", "LatentCache", "cache_latents"]
+
+logger = logging.getLogger(__name__)
+
+PLAN_FILE = "latents.incomplete.json"
+
+
+def cache_latents(
+    dataset: ImageDataset,
+    codec: LatentCodec,
+    folder: str | Path,
+    *,
+    flip: bool = False,
+    dtype: Literal["float16", "float32"] = "float16",
+    batch_size: int = 32,
+    shard_rows: int = 4096,
+    process_index: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    show_progress: bool = True,
+) -> LatentCache | None:
+    """Encode every image of `dataset` and store mean and standard deviation of its latent.
+
+    Called again after an interruption, also with another number of processes, it goes on where it was; called on a
+    finished cache of the same content, it returns that.
+
+    Args:
+        dataset (`ImageDataset`): the images, with their resolution and crop.
+        codec (`LatentCodec`): moved to `device`.
+        folder (`str`): where the cache is written.
+        flip (`bool`): store the latents of the mirrored crops too, which doubles the size.
+        dtype (`str`): precision of the stored numbers.
+        batch_size (`int`): images encoded at once.
+        shard_rows (`int`): rows per file.
+        process_index (`int`), num_processes (`int`): this process, and how many of them share the work.
+        num_workers (`int`): loader processes.
+        device: where the codec runs.
+        show_progress (`bool`): whether this process shows a progress bar.
+
+    Returns:
+        The cache, or None while shards of other processes are missing; rows whose image cannot be read are recorded in
+        it.
+
+    Raises:
+        ConfigurationError: the folder holds another cache, the disk is too small, or a number is out of range.
+        DataError: no image can be read, an image cannot be read where the dataset's `on_bad_image` is `"raise"`,
+            latents do not fit into `dtype`, or writing fails; what is finished stays.
+    """
+    _check_arguments(dtype, batch_size, shard_rows, process_index, num_processes)
+    folder = Path(folder)
+    channels, height, width = codec.latent_shape(dataset.resolution, dataset.resolution)
+    layout = CacheLayout(
+        rows=len(dataset),
+        shape=(2 * channels, height, width),
+        dtype=dtype,
+        flip=flip,
+        resolution=dataset.resolution,
+        codec_id=codec.codec_id,
+        fingerprint=dataset.fingerprint,
+        shard_rows=shard_rows,
+    )
+    if _join(folder, layout):
+        return LatentCache.open(folder)
+    missing = [shard for shard in range(layout.num_shards) if not _done_file(folder, shard).is_file()]
+    _check_space(folder, layout, missing)
+    writer = _ShardWriter(folder, layout)
+    mine = [shard for shard in missing if shard % num_processes == process_index]
+    total = sum(len(layout.rows_of(shard)) for shard in mine)
+    try:
+        with writer, tqdm(total=total, desc="latents", unit="img", disable=not show_progress) as progress:
+            for rows, crops, readable in _batches(dataset, layout, mine, batch_size, num_workers):
+                writer.add(rows, _encode(codec.to(device), crops.to(device), layout), readable)
+                progress.update(len(rows))
+        return _finish(folder, layout)
+    except OSError as error:
+        raise DataError(
+            f"the latent cache in {folder} could not be written ({error.strerror or error}): free space or choose "
+            "another folder, then run the same command again, which keeps the finished shards."
+        ) from error
+
+
+class _Crops(Dataset):
+    """Crops by row number, with a zero image and False in the place of an unreadable one."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, row: int) -> tuple[int, torch.Tensor, bool]:
+        try:
+            return row, self.dataset.read_pixels(row), True
+        except DataError as error:
+            if self.dataset.on_bad_image == "raise":
+                raise
+            logger.warning(f"{error} Training will put the next readable row in its place.")
+            return row, torch.zeros(3, self.dataset.resolution, self.dataset.resolution, dtype=torch.uint8), False
+
+
+class _ShardWriter:
+    """Appends rows to the shard they belong to; a shard counts as done when its last row is on the disk."""
+
+    def __init__(self, folder: Path, layout: CacheLayout) -> None:
+        self.folder = folder
+        self.layout = layout
+        self._file: Any = None
+        self._unreadable: list[int] = []
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, rows: list[int], moments: np.ndarray, readable: torch.Tensor) -> None:
+        """Store the moments of consecutive `rows` of one shard."""
+        shard = rows[0] // self.layout.shard_rows
+        path = shard_file(self.folder, shard)
+        temporary = path.with_suffix(".tmp")
+        if self._file is None:
+            self._file = temporary.open("wb")
+        self._unreadable += [row for row, fine in zip(rows, readable.tolist(), strict=True) if not fine]
+        self._file.write(moments.tobytes())
+        if rows[-1] != self.layout.rows_of(shard)[-1]:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(temporary, path)
+        _write_json(_done_file(self.folder, shard), {"unreadable": self._unreadable})
+        self._file, self._unreadable = None, []
+
+
+def _batches(
+    dataset: ImageDataset, layout: CacheLayout, shards: list[int], batch_size: int, num_workers: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Rows in order, their crops (B, 3, S, S) and which of them are readable; no batch crosses two shards."""
+    batches = []
+    for shard in shards:
+        rows = list(layout.rows_of(shard))
+        batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    for rows, crops, readable in DataLoader(_Crops(dataset), batch_sampler=batches, num_workers=num_workers):
+        yield rows.tolist(), crops, readable
+
+
+def _encode(codec: LatentCodec, crops: torch.Tensor, layout: CacheLayout) -> np.ndarray:
+    """Moments of uint8 crops in the cache's dtype, shape (B, copies, 2C, h, w)."""
+    images = crops.float() / 255
+    copies = [images, images.flip(-1)] if layout.flip else [images]
+    moments = torch.stack([torch.cat(codec.encode_moments(copy), dim=1) for copy in copies], dim=1)
+    moments = moments.to(getattr(torch, layout.dtype)).cpu()
+    if not torch.isfinite(moments).all():
+        raise DataError(f"the latents have values that {layout.dtype} cannot hold: use float32 for the cache.")
+    return moments.numpy()
+
+
+def _join(folder: Path, layout: CacheLayout) -> bool:
+    """Make `folder` the place of this cache; True if it is finished already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (folder / LAYOUT_FILE, folder / PLAN_FILE):
+        try:
+            found = CacheLayout.from_json(json.loads(file.read_text()))
+        except FileNotFoundError:
+            continue
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{file} is damaged: remove it or choose another folder for the cache."
+            ) from error
+        differences = [
+            f"{name} {getattr(found, name)}, not {value}"
+            for name, value in vars(layout).items()
+            if getattr(found, name) != value
+        ]
+        if differences:
+            raise ConfigurationError(
+                f"{folder} holds a latent cache of something else ({'; '.join(differences)}): choose another folder."
+            )
+        return file.name == LAYOUT_FILE
+    _write_json(folder / PLAN_FILE, layout.to_json())
+    return False
+
+
+def _finish(folder: Path, layout: CacheLayout) -> LatentCache | None:
+    """Write the layout file if every shard is done."""
+    done = [_done_file(folder, shard) for shard in range(layout.num_shards)]
+    if not all(file.is_file() for file in done):
+        return None
+    unreadable = [row for file in done for row in json.loads(file.read_text())["unreadable"]]
+    if len(unreadable) == layout.rows:
+        raise DataError("not one image of the dataset can be read: see the warnings above (option data.dataset).")
+    if unreadable:
+        logger.warning(f"{len(unreadable)} of {layout.rows} images could not be read and were recorded in the cache.")
+    _write_json(folder / LAYOUT_FILE, layout.to_json() | {"unreadable": unreadable})
+    (folder / PLAN_FILE).unlink(missing_ok=True)
+    return LatentCache.open(folder)
+
+
+def _check_arguments(dtype: str, batch_size: int, shard_rows: int, process_index: int, num_processes: int) -> None:
+    if dtype not in ("float16", "float32"):
+        raise ConfigurationError(f"the dtype of the latent cache is {dtype!r}, but must be 'float16' or 'float32'.")
+    for name, value in {"batch_size": batch_size, "shard_rows": shard_rows, "num_processes": num_processes}.items():
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}, but must be at least 1.")
+    if not 0 <= process_index < num_processes:
+        raise ConfigurationError(f"process_index is {process_index}, but must lie in [0, {num_processes}).")
+
+
+def _check_space(folder: Path, layout: CacheLayout, missing: list[int]) -> None:
+    needed = sum(len(layout.rows_of(shard)) for shard in missing) * layout.bytes_per_row
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigurationError(
+            f"the latent cache takes {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB free: "
+            "choose another folder for it, or float16, or no flipped copies."
+        )
+
+
+def _done_file(folder: Path, shard: int) -> Path:
+    return shard_file(folder, shard).with_suffix(".json")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` so that `path` is whole or absent whenever the machine stops."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

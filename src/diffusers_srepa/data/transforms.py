@@ -1,0 +1,96 @@
+"""From a picture of any mode and size to the training crop: RGB, ADM's centre crop, uint8.
+
+The crop is the "center-crop-dhariwal" preprocessing of ADM, EDM and REPA, in Pillow throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusers_srepa.errors import DataError
+
+
+#: Name of the crop in the files that hold crops or their latents; another rule would get another name.
+CROP_RULE = "adm-center-crop"
+
+_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+@dataclass(frozen=True)
+class CropGeometry:
+    """What ADM's centre crop does to an image of a given size; sizes are (width, height).
+
+    Args:
+        halvings (`int`): how often width and height are halved, rounding down, by averaging boxes.
+        size (`tuple[int, int]`): size after the bicubic resize; its smaller side is the crop's side.
+        offset (`tuple[int, int]`): left and upper corner of the crop.
+    """
+
+    halvings: int
+    size: tuple[int, int]
+    offset: tuple[int, int]
+
+
+def crop_geometry(width: int, height: int, side: int) -> CropGeometry:
+    """The steps from an image of `width` x `height` to a crop of `side` x `side`."""
+    halvings = 0
+    while min(width, height) >= 2 * side:
+        width, height = width // 2, height // 2
+        halvings += 1
+    scale = side / min(width, height)
+    size = (round(width * scale), round(height * scale))
+    return CropGeometry(halvings, size, ((size[0] - side) // 2, (size[1] - side) // 2))
+
+
+def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: halve by boxes while possible, resize bicubically, cut the middle.
+
+    Args:
+        image (`PIL.Image.Image`): any size of at least 1 x 1; smaller images are enlarged.
+        size (`int`): side of the crop in pixels.
+
+    Returns:
+        `PIL.Image.Image`: `size` x `size`, in the mode of `image`.
+    """
+    geometry = crop_geometry(image.width, image.height, size)
+    for _ in range(geometry.halvings):
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = image.resize(geometry.size, Image.Resampling.BICUBIC)
+    left, upper = geometry.offset
+    return image.crop((left, upper, left + size, upper + size))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An 8-bit RGB image of a picture in any mode.
+
+    Transparency is dropped, as in ADM, not blended. Greyscale of 16 bits is scaled to 8, because Pillow's own
+    conversion would clip it.
+
+    Raises:
+        DataError: the pixels are floating point, whose range nobody knows.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise DataError("its pixels are floating point (mode F): save it with 8 or 16 bits per channel.")
+    if image.mode in _SIXTEEN_BIT_MODES:
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "P":
+        # By way of RGBA, because a palette with transparency in bytes makes Pillow warn.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def to_uint8_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as a uint8 tensor of shape `(3, H, W)`."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def training_crop(image: Image.Image, size: int) -> torch.Tensor:
+    """The whole way from a picture to the uint8 training crop `(3, size, size)`."""
+    return to_uint8_tensor(center_crop_adm(to_rgb(image), size))

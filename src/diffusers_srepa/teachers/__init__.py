@@ -1,0 +1,1 @@
+"""Frozen vision encoders: one table of families, one class that turns images into patch tokens."""

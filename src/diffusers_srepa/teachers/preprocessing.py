@@ -1,0 +1,134 @@
+"""From images in [0, 1] to what a teacher was trained on: checks, resize, normalisation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.image_processing_base import ImageProcessingMixin
+
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.teachers.families import Statistics, TeacherFamily
+
+
+logger = logging.getLogger(__name__)
+
+# Room for rounding in half precision, not for images in another range.
+RANGE_TOLERANCE = 0.01
+
+
+def check_images(images: torch.Tensor, grid: tuple[int, int]) -> None:
+    """Refuse anything but a float batch `(B, 3, H, W)` with the aspect ratio of `grid`.
+
+    Raises:
+        ValueError: another type, shape, dtype or aspect ratio.
+    """
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(
+            f"a teacher takes a float tensor of images (B, 3, H, W) in [0, 1], but got {type(images).__name__}."
+        )
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape (B, 3, H, W), but have shape {tuple(images.shape)}.")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images must be float in [0, 1], but have dtype {images.dtype}: convert with images.float() / 255."
+        )
+    height, width = images.shape[2:]
+    if height * grid[1] != width * grid[0]:
+        raise ValueError(
+            f"images of {height} x {width} pixels have another aspect ratio than the teacher's grid of {grid[0]} x "
+            f"{grid[1]} tokens: crop the images or choose a grid of their shape."
+        )
+
+
+def check_range(images: torch.Tensor) -> None:
+    """Refuse images outside [0, 1]; reads two numbers, so it waits for the device.
+
+    Raises:
+        ValueError: a value below 0 or above 1 (by more than 0.01), or one that is not a number.
+    """
+    if images.numel() == 0:
+        return
+    low, high = (bound.item() for bound in torch.aminmax(images))
+    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
+        raise ValueError(
+            f"images must lie in [0, 1], but range from {low:.4g} to {high:.4g}: map [-1, 1] by (x + 1) / 2, divide "
+            f"[0, 255] by 255, and clamp what a resize overshoots."
+        )
+
+
+def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bicubic resize, neither antialiased nor clamped, as REPA and iREPA do it; the same size is left alone."""
+    if tuple(images.shape[2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=False)
+
+
+def normalize_images(images: torch.Tensor, mean: Statistics, std: Statistics) -> torch.Tensor:
+    """`(x - mean) / std` per channel for images `(B, 3, H, W)`."""
+    # Python numbers instead of buffers: casting the teacher to half precision must not round them.
+    channels = [(images[:, channel] - mean[channel]) / std[channel] for channel in range(3)]
+    return torch.stack(channels, dim=1)
+
+
+def load_statistics(
+    name_or_path: str, hub_arguments: dict[str, Any], family: TeacherFamily
+) -> tuple[Statistics, Statistics]:
+    """Mean and standard deviation from the repository's image processor, or the row's where there is none.
+
+    Only the JSON file is read: building the processor would need torchvision for some families.
+
+    Raises:
+        ConfigurationError: the file holds something else than three numbers each.
+    """
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_arguments)
+    except OSError as error:
+        logger.warning(
+            "no image processor could be read from %r (%s): images are normalised with mean %s and std %s of %r.",
+            name_or_path,
+            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            family.image_mean,
+            family.image_std,
+            family.model_type,
+        )
+        return family.image_mean, family.image_std
+    return _statistics_of(processor, name_or_path, family)
+
+
+def _statistics_of(
+    processor: dict[str, Any], name_or_path: str, family: TeacherFamily
+) -> tuple[Statistics, Statistics]:
+    if not processor.get("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    else:
+        mean = check_statistics(processor.get("image_mean", family.image_mean), "image_mean", name_or_path)
+        std = check_statistics(processor.get("image_std", family.image_std), "image_std", name_or_path)
+    # The processor's pixels are bytes times this factor, ours are bytes / 255: fold the ratio into mean and std.
+    factor = float(processor.get("rescale_factor") or 1 / 255) if processor.get("do_rescale", True) else 1.0
+    scale = 255 * factor
+    if math.isclose(scale, 1.0, rel_tol=1e-3):
+        return mean, std
+    return _divide(mean, scale), _divide(std, scale)
+
+
+def check_statistics(values: Any, key: str, origin: str) -> Statistics:
+    """Three finite numbers (a standard deviation not zero), or one sentence."""
+    numbers = [values] * 3 if isinstance(values, (int, float)) else values
+    try:
+        red, green, blue = (float(number) for number in numbers)
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f"{key} of {origin!r} must be three numbers, but is {values!r}: give image_mean and image_std."
+        ) from None
+    usable = all(math.isfinite(number) and (number > 0 or key != "image_std") for number in (red, green, blue))
+    if not usable:
+        raise ConfigurationError(f"{key} of {origin!r} is {values!r}, with which no image can be normalised.")
+    return red, green, blue
+
+
+def _divide(values: Statistics, scale: float) -> Statistics:
+    return values[0] / scale, values[1] / scale, values[2] / scale

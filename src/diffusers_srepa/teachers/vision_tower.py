@@ -1,0 +1,90 @@
+"""Loading the vision tower of a checkpoint with every weight accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.teachers.families import TeacherFamily
+from diffusers_srepa.teachers.source import TeacherSource
+
+
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError)
+# Parameters that no forward of a teacher reads.
+UNUSED_WEIGHTS = ("mask_token", "pooler.dense.weight", "pooler.dense.bias")
+
+
+def load_config(source: TeacherSource) -> Any:
+    """The config object of a repository, without running code that comes with it.
+
+    Raises:
+        ConfigurationError: it cannot be read, or its model type is unknown to the installed `transformers`.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            source.name_or_path, trust_remote_code=False, **source.hub_arguments
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise source.failure(error) from error
+
+
+def load_tower(source: TeacherSource, family: TeacherFamily, dtype: torch.dtype) -> nn.Module:
+    """Load the vision tower of `source` with weights of `dtype`.
+
+    Raises:
+        ConfigurationError: the weights cannot be read, or some that the tower needs are not in the file.
+    """
+    arguments = {"dtype": dtype, "output_loading_info": True} | source.hub_arguments
+    try:
+        with quiet_transformers():
+            if family.vision_class is None:
+                model, report = transformers.AutoModel.from_pretrained(
+                    source.name_or_path, trust_remote_code=False, **arguments
+                )
+            else:
+                vision_class = getattr(transformers, family.vision_class)
+                model, report = vision_class.from_pretrained(
+                    source.name_or_path, **arguments, **family.class_arguments
+                )
+    except LOAD_ERRORS as error:
+        raise source.failure(error) from error
+    check_complete(report, source.name_or_path)
+    for key, value in family.config_overrides.items():
+        setattr(model.config, key, value)
+    # A dual encoder of a type that the table does not know: its image half.
+    return getattr(model, "vision_model", model) if family.vision_class is None else model
+
+
+def check_complete(report: dict[str, Any], name_or_path: str) -> None:
+    """Refuse a tower of which some weights stayed random: `transformers` only warns.
+
+    Raises:
+        ConfigurationError: a weight that the forward needs was not in the checkpoint.
+    """
+    missing = sorted(key for key in report["missing_keys"] if not key.endswith(UNUSED_WEIGHTS))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigurationError(
+            f"the checkpoint of the teacher {name_or_path!r} lacks {missing[0]}{more}: a teacher with random weights "
+            f"is of no use, choose a complete one."
+        )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide the report of skipped weights (text towers, decoders): what matters is checked by `check_complete`."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

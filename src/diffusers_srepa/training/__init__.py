@@ -1,0 +1,1 @@
+"""Training: configuration, method, loop, checkpoints, validation, publishing."""

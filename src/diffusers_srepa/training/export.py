@@ -1,0 +1,44 @@
+"""The finished pipeline of a run: folders that `SiTPipeline.from_pretrained` loads, projectors beside it, a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
+from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
+from diffusers_srepa.latents.codec import LatentCodec
+from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
+from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+from diffusers_srepa.training.config import TrainingConfig
+
+
+def build_scheduler(config: TrainingConfig) -> Any:
+    """The scheduler that `sampling.scheduler` names, on the path that was trained."""
+    if config.sampling.scheduler == "euler":
+        return FlowMatchEulerDiscreteScheduler()
+    return FlowMatchEulerMaruyamaScheduler(path_type=config.flow.path)
+
+
+def build_pipeline(
+    transformer: SiTTransformer2DModel,
+    codec: LatentCodec,
+    id2label: dict[int, str] | None,
+    config: TrainingConfig,
+) -> SiTPipeline:
+    """A pipeline around the live transformer; it samples with whatever weights the transformer has at the time."""
+    return SiTPipeline(
+        transformer=transformer,
+        vae=codec.vae if isinstance(codec, AutoencoderKLCodec) else None,
+        scheduler=build_scheduler(config),
+        id2label=None if id2label is None else {str(index): name for index, name in id2label.items()},
+    )
+
+
+def save_finished(pipeline: SiTPipeline, student: AlignedDenoiser, output_dir: Path) -> None:
+    """Write the pipeline, and the projectors for further aligned training, with the weights that they have now."""
+    pipeline.save_pretrained(output_dir)
+    student.save_projectors(output_dir / "projectors")

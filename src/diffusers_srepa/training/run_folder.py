@@ -1,0 +1,88 @@
+"""The output folder of a run: whose it is, what is in it, where things go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.training.config import TrainingConfig
+
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINT_PREFIX = "checkpoint-"
+
+# What a run leaves in its folder; anything else there is the user's and stays untouched.
+_OWN_FOLDERS = ("transformer", "vae", "scheduler", "projectors", "validation", "logs")
+_OWN_FILES = (CONFIG_FILE, METRICS_FILE, "model_index.json", "README.md")
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, oldest first."""
+    folders = [
+        folder
+        for folder in output_dir.glob(f"{CHECKPOINT_PREFIX}*")
+        if folder.is_dir() and folder.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+    ]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix(CHECKPOINT_PREFIX)))
+
+
+def check_output_folder(config: TrainingConfig) -> None:
+    """Refuse an output folder that holds another run, before anything is written to it.
+
+    Raises:
+        ConfigurationError: the folder is a file, or holds a run that is neither resumed nor overwritten.
+    """
+    folder = Path(str(config.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"the output folder {folder} is a file: set --output_dir to a folder.")
+    if config.resume_from_checkpoint or config.overwrite_output_dir:
+        return
+    found = [name for name in (CONFIG_FILE, "model_index.json") if (folder / name).exists()]
+    found += [checkpoint.name for checkpoint in checkpoint_folders(folder)] if folder.is_dir() else []
+    if found:
+        raise ConfigurationError(
+            f"the output folder {folder} holds another run ({found[0]}): go on with it by --resume_from_checkpoint "
+            "latest, delete it by --overwrite_output_dir, or set another --output_dir."
+        )
+
+
+def clear_output_folder(folder: Path) -> None:
+    """Delete what an earlier run left in `folder`; files that are not a run's stay."""
+    for checkpoint in checkpoint_folders(folder):
+        shutil.rmtree(checkpoint)
+    for name in _OWN_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_config(config: TrainingConfig, folder: Path) -> None:
+    """Write the resolved configuration as YAML; `--config <file>` gives the same run again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def truncate_metrics(file: Path, last_step: int) -> None:
+    """Drop the logged values after `last_step`, which a resumed run logs again; a half-written last line goes too."""
+    if not file.exists():
+        return
+    kept: list[str] = []
+    for line in file.read_text().splitlines():
+        record = _parse_record(line)
+        if record is not None and record["step"] <= last_step:
+            kept.append(line)
+    file.write_text("".join(line + "\n" for line in kept))
+
+
+def _parse_record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -1,0 +1,50 @@
+"""Wrong launches are refused before anything is loaded."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.training.config import LoopConfig
+from diffusers_srepa.training.launch import check_environment, check_processes, micro_batch_size
+
+
+def _state(num_processes: int, kind: DistributedType = DistributedType.NO) -> SimpleNamespace:
+    # The two attributes of an Accelerator that the check reads; a real one cannot pretend to be eight processes.
+    return SimpleNamespace(num_processes=num_processes, distributed_type=kind)
+
+
+def test_a_master_without_a_world_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="--multi_gpu --num_processes N"):
+        check_environment({"MASTER_ADDR": "127.0.0.1"})
+    check_environment({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"})
+    check_environment({})
+
+
+def test_other_numbers_of_processes_than_expected_are_refused() -> None:
+    check_processes(_state(2), None)
+    check_processes(_state(2), 2)
+    with pytest.raises(ConfigurationError, match="1 processes are running, but expected_processes is 2"):
+        check_processes(_state(1), 2)
+
+
+def test_fsdp_that_is_silently_not_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigurationError, match="FSDP was asked for"):
+        check_processes(_state(2, DistributedType.MULTI_CPU), None)
+    check_processes(_state(2, DistributedType.FSDP), None)
+
+
+@pytest.mark.parametrize(
+    "global_size, micro, processes, expected", [(256, None, 8, 32), (256, 16, 8, 16), (8, 4, 1, 4), (8, None, 1, 8)]
+)
+def test_micro_batches(global_size: int, micro: int | None, processes: int, expected: int) -> None:
+    loop = LoopConfig(global_batch_size=global_size, micro_batch_size=micro)
+    assert micro_batch_size(loop, processes) == expected
+
+
+@pytest.mark.parametrize("global_size, micro, processes", [(10, None, 4), (8, 3, 1), (8, 8, 2)])
+def test_batches_that_do_not_divide_are_refused(global_size: int, micro: int | None, processes: int) -> None:
+    with pytest.raises(ConfigurationError, match="training.global_batch_size"):
+        micro_batch_size(LoopConfig(global_batch_size=global_size, micro_batch_size=micro), processes)

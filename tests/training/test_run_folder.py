@@ -1,0 +1,66 @@
+"""The output folder: other runs are protected, own files are cleared, logs are cut at a resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.training.config import TrainingConfig
+from diffusers_srepa.training.run_folder import (
+    check_output_folder,
+    checkpoint_folders,
+    clear_output_folder,
+    truncate_metrics,
+)
+
+
+def _config(folder: Path, **options: object) -> TrainingConfig:
+    return TrainingConfig(output_dir=str(folder), **options)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model_index.json", "checkpoint-10"])
+def test_a_folder_with_another_run_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir() if name.startswith("checkpoint") else (tmp_path / name).write_text("")
+    with pytest.raises(ConfigurationError, match=f"holds another run .{name}."):
+        check_output_folder(_config(tmp_path))
+    check_output_folder(_config(tmp_path, resume_from_checkpoint="latest"))
+    check_output_folder(_config(tmp_path, overwrite_output_dir=True))
+
+
+def test_new_empty_and_foreign_folders_are_accepted(tmp_path: Path) -> None:
+    check_output_folder(_config(tmp_path / "new"))
+    check_output_folder(_config(tmp_path))
+    (tmp_path / "notes.txt").write_text("mine")
+    check_output_folder(_config(tmp_path))
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="is a file"):
+        check_output_folder(_config(tmp_path / "file"))
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
+    for name in ("checkpoint-100", "checkpoint-20", "checkpoint-best", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+    names = [folder.name for folder in checkpoint_folders(tmp_path)]
+    assert names == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+
+
+def test_clearing_leaves_what_is_not_the_run_s(tmp_path: Path) -> None:
+    for name in ("transformer", "checkpoint-5", "my-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / "config.yaml").write_text("")
+    clear_output_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["my-notes"]
+
+
+def test_metrics_are_cut_after_the_resumed_step(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (10, 20, 30)]
+    file.write_text("\n".join([*lines, '{"step": 40, "lo']))
+    truncate_metrics(file, 20)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [10, 20]
+    truncate_metrics(tmp_path / "absent.jsonl", 20)
