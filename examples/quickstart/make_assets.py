@@ -27,10 +27,10 @@ from transformers import Dinov2Config, Dinov2Model
 
 
 SEED = 0
-BATCH_SIZE = 128
-VAE_STEPS = 600
-VAE_KL_WEIGHT = 1e-4
-TEACHER_STEPS = 1200
+BATCH_SIZE = 64
+VAE_STEPS = 500
+VAE_KL_WEIGHT = 1e-3
+TEACHER_STEPS = 1000
 MASKED_FRACTION = 0.4
 
 
@@ -80,10 +80,10 @@ def build_vae() -> AutoencoderKL:
         sample_size=IMAGE_SIZE,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 24, 32),
+        block_out_channels=(8, 16, 32),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=4,
         mid_block_add_attention=False,
     )
 

@@ -9,7 +9,6 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from peft import LoraConfig
 from torch import multiprocessing, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser, infer_grid
@@ -21,7 +20,16 @@ from diffusers_srepa.alignment.schedule import HardStop
 from diffusers_srepa.alignment.term import AlignmentTerm, Tap
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
-from diffusers_srepa.tokens import TeacherFeatures, TokenMap
+from diffusers_srepa.tokens import TokenMap
+from tests.helpers.aligned_step import (
+    PlainTransformer,
+    features,
+    gradients,
+    plain_inputs,
+    plain_student,
+    total_loss,
+    train_one_rank,
+)
 from tests.helpers.reference_weights import (
     DIM,
     PROJECTOR_DIM,
@@ -48,7 +56,7 @@ def golden_student(kind: str = "repa", projector: str = "mlp") -> AlignedDenoise
     return AlignedDenoiser(golden_model(kind), TAP, module).eval()
 
 
-def tiny_student(dtype: torch.dtype = torch.float32, **transformer_options: Any) -> AlignedDenoiser:
+def tiny_transformer() -> SiTTransformer2DModel:
     transformer = SiTTransformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -57,12 +65,15 @@ def tiny_student(dtype: torch.dtype = torch.float32, **transformer_options: Any)
         attention_head_dim=8,
         num_classes=5,
         class_dropout_prob=0.0,
-        **transformer_options,
     )
     # The zero gates and head of a fresh SiT would hide every difference.
     for parameter in transformer.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return AlignedDenoiser(transformer, "transformer_blocks.0", MLPProjector(16, 12, hidden_dim=24)).to(dtype)
+    return transformer
+
+
+def tiny_student(dtype: torch.dtype = torch.float32) -> AlignedDenoiser:
+    return AlignedDenoiser(tiny_transformer(), "transformer_blocks.0", MLPProjector(16, 12, hidden_dim=24)).to(dtype)
 
 
 def inputs(batch_size: int = 2, size: tuple[int, int] = (8, 8), dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -72,21 +83,6 @@ def inputs(batch_size: int = 2, size: tuple[int, int] = (8, 8), dtype: torch.dty
         "timestep": torch.linspace(100, 900, batch_size),
         "class_labels": torch.arange(batch_size) % 5,
     }
-
-
-def features(batch_size: int = 2, dtype: torch.dtype = torch.float32) -> TeacherFeatures:
-    generator = torch.Generator().manual_seed(2)
-    return TeacherFeatures(torch.randn(batch_size, 16, 12, generator=generator, dtype=torch.float64).to(dtype), (4, 4))
-
-
-def total_loss(student: nn.Module, batch: dict[str, Any], target: TeacherFeatures) -> torch.Tensor:
-    velocity, tokens = student(**batch)
-    criterion = AlignmentLoss({"cosine": (CosineAlignment(), 1.0), "gram_mse": (GramMSEAlignment(), 2.0)})
-    return velocity.square().mean() + criterion(tokens, target).loss
-
-
-def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
 
 
 def assert_row(values: torch.Tensor, total: float, absolute: float, first: list[float], last: list[float]) -> None:
@@ -232,43 +228,10 @@ def test_the_grid_follows_the_patch_size_and_the_input(size, grid):
     assert tokens[KEY].grid == grid
 
 
-class PlainTransformer(nn.Module):
-    """A model of someone else: no configuration, blocks that return tuples, the velocity as a tensor."""
-
-    def __init__(self, width: int = 8, num_blocks: int = 2, patch: int = 2, num_registers: int = 0) -> None:
-        super().__init__()
-        self.patch, self.num_registers = patch, num_registers
-        self.embed = nn.Conv2d(4, width, patch, patch)
-        self.blocks = nn.ModuleList([PlainBlock(width) for _ in range(num_blocks)])
-        self.head = nn.ConvTranspose2d(width, 4, patch, patch)
-
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        x = self.embed(x)
-        tokens = x.flatten(2).transpose(1, 2)
-        tokens = torch.cat([tokens[:, : self.num_registers], tokens], dim=1)
-        for block in self.blocks:
-            tokens, _ = block(tokens)
-        tokens = tokens[:, self.num_registers :]
-        return self.head(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
-class PlainBlock(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 4), nn.Linear(4, width)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return x + self.down(torch.tanh(self.up(x))), None
-
-
-def plain_inputs(size: tuple[int, int] = (8, 8)) -> tuple[torch.Tensor, ...]:
-    return torch.randn(2, 4, *size), torch.tensor([0.1, 0.5]), torch.tensor([0, 1])
-
-
 @pytest.mark.parametrize(("size", "grid"), [((8, 8), (4, 4)), ((4, 12), (2, 6)), ((12, 6), (6, 3))])
 def test_without_a_configuration_the_grid_follows_the_aspect_ratio(size, grid):
     model = PlainTransformer()
-    velocity, tokens = AlignedDenoiser(model, "blocks.0", LinearProjector(8, 3))(*plain_inputs(size))
+    velocity, tokens = AlignedDenoiser(model, "blocks.0", LinearProjector(8, 3))(*plain_inputs(size=size))
     assert velocity.shape == (2, 4, *size)
     assert tokens[KEY].grid == grid and tokens[KEY].dim == 3
 
@@ -379,12 +342,12 @@ def test_a_projector_keeps_its_own_dtype_outside_autocast():
 
 
 def test_tokens_without_a_projector_are_float32_too():
-    student = AlignedDenoiser(tiny_student().transformer.to(torch.bfloat16), "transformer_blocks.1")
+    student = AlignedDenoiser(tiny_transformer().to(torch.bfloat16), "transformer_blocks.1")
     assert student(**inputs(dtype=torch.bfloat16))[1][KEY].tokens.dtype == torch.float32
 
 
 def test_modules_of_others_project_plain_tokens():
-    transformer = tiny_student().transformer
+    transformer = tiny_transformer()
     projector = nn.Sequential(nn.Linear(16, 3), nn.LayerNorm(3))
     _, tokens = AlignedDenoiser(transformer, "transformer_blocks.0", projector)(**inputs())
     assert isinstance(tokens[KEY], TokenMap) and tokens[KEY].grid == (4, 4) and tokens[KEY].dim == 3
@@ -411,7 +374,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     checkpointed.transformer.enable_gradient_checkpointing()
     batch, target = inputs(dtype=torch.float64), features(dtype=torch.float64)
     for student in (plain, checkpointed):
-        total_loss(student, batch, target).backward()
+        total_loss(student(**batch), target).backward()
         assert student.taps["default"]._feature is None
     expected, found = gradients(plain), gradients(checkpointed)
     assert set(expected) == set(found) == {name for name, _ in plain.named_parameters()}
@@ -421,9 +384,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 def assert_same_step(student: nn.Module, compiled: nn.Module, inner: nn.Module) -> None:
     batch, target = inputs(), features()
-    loss = total_loss(student, batch, target)
+    loss = total_loss(student(**batch), target)
     loss.backward()
-    compiled_loss = total_loss(compiled, batch, target)
+    compiled_loss = total_loss(compiled(**batch), target)
     compiled_loss.backward()
     torch.testing.assert_close(compiled_loss, loss)
     expected, found = gradients(student), gradients(inner)
@@ -477,7 +440,7 @@ def test_lora_trains_under_the_tap():
     student = tiny_student()
     student.transformer.requires_grad_(False)
     student.transformer.add_adapter(LoraConfig(target_modules=["to_q", "to_v"], init_lora_weights=False))
-    total_loss(student, inputs(), features()).backward()
+    total_loss(student(**inputs()), features()).backward()
     reached = gradients(student)
     assert any("transformer_blocks.0.attn.to_q.lora_A" in name for name in reached)
     assert all("lora" in name for name in reached if name.startswith("transformer."))
@@ -488,7 +451,7 @@ def test_lora_trains_under_the_tap():
 
 def test_stopped_features_freeze_their_projector_and_remove_their_tap():
     paths = {"early": "transformer_blocks.0", "late": "transformer_blocks.1"}
-    transformer = tiny_student().transformer
+    transformer = tiny_transformer()
     projectors = {"early": LinearProjector(16, 12), "late": LinearProjector(16, 12)}
     student = AlignedDenoiser(transformer, paths, projectors)
     criterion = AlignmentLoss(
@@ -543,7 +506,7 @@ def test_nothing_leaks_into_the_saved_transformer(tmp_path):
 def test_projectors_are_saved_one_folder_each_and_loaded_by_name(tmp_path):
     def build() -> AlignedDenoiser:
         projectors = {"dino": MLPProjector(16, 12, 8), "conv": ConvProjector(16, 12), "own": nn.Linear(16, 3)}
-        return AlignedDenoiser(tiny_student().transformer, "transformer_blocks.0", projectors)
+        return AlignedDenoiser(tiny_transformer(), "transformer_blocks.0", projectors)
 
     student, other = build(), build()
     student.save_projectors(tmp_path)
@@ -563,7 +526,7 @@ def test_projectors_are_saved_one_folder_each_and_loaded_by_name(tmp_path):
     ],
 )
 def test_projectors_that_do_not_fit_change_nothing(projectors, message, tmp_path):
-    transformer = tiny_student().transformer
+    transformer = tiny_transformer()
     AlignedDenoiser(transformer, "transformer_blocks.0", {"a": LinearProjector(16, 12)}).save_projectors(tmp_path)
     student = AlignedDenoiser(transformer, "transformer_blocks.0", projectors)
     before = {name: value.clone() for name, value in student.projectors.state_dict().items()}
@@ -575,30 +538,11 @@ def test_projectors_that_do_not_fit_change_nothing(projectors, message, tmp_path
 # Two processes
 
 
-def _train_one_rank(rank: int, folder: str) -> None:
-    """One step on two of four samples under DDP; rank 0 writes the averaged gradients."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    student = tiny_student(torch.float64).train()
-    student.load_state_dict(torch.load(f"{folder}/weights.pt", weights_only=True))
-    wrapped = DistributedDataParallel(student)
-    share = slice(2 * rank, 2 * rank + 2)
-    batch = {name: value[share] for name, value in inputs(4, dtype=torch.float64).items()}
-    whole = features(4, dtype=torch.float64)
-    for _ in range(2):
-        wrapped.zero_grad()
-        total_loss(wrapped, batch, TeacherFeatures(whole.patch_tokens[share], whole.grid)).backward()
-    if rank == 0:
-        torch.save(gradients(student), f"{folder}/gradients.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_under_ddp_average_the_gradients_of_the_whole_batch(tmp_path: Path):
-    student = tiny_student(torch.float64).train()
+    student = plain_student()
     torch.save(student.state_dict(), tmp_path / "weights.pt")
-    multiprocessing.spawn(_train_one_rank, args=(str(tmp_path),), nprocs=2)
-    total_loss(student, inputs(4, dtype=torch.float64), features(4, dtype=torch.float64)).backward()
+    multiprocessing.spawn(train_one_rank, args=(str(tmp_path),), nprocs=2)
+    total_loss(student(*plain_inputs(4, dtype=torch.float64)), features(4, dtype=torch.float64)).backward()
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     expected = gradients(student)
     assert set(found) == set(expected) == {name for name, _ in student.named_parameters()}

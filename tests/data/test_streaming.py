@@ -16,7 +16,7 @@ from diffusers_srepa.errors import ConfigurationError, DataError
 from tests.helpers.tiny_images import image_table, numbered_images, png, write_image_folder
 
 
-def stream_of(table, num_shards=10, block_rows=4, **kwargs) -> StreamingImages:
+def stream_of(table, num_shards=5, block_rows=4, **kwargs) -> StreamingImages:
     stream = load_image_dataset(table.to_iterable_dataset(num_shards=num_shards), resolution=16, seed=2, **kwargs)
     stream.block_rows = block_rows
     return stream
@@ -122,8 +122,8 @@ def test_a_resume_is_exact_beside_unreadable_rows(caplog):
 
 
 def test_an_unreadable_row_can_be_fatal():
-    stream = stream_of(image_table([png(0), b"garbage"], [0, 1]), num_shards=2, on_bad_image="raise")
-    with pytest.raises(DataError, match="row 1 of the stream is unusable, .*data.on_bad_image|row 0 of the stream"):
+    stream = stream_of(image_table([png(0), b"garbage"], [0, 1]), num_shards=1, on_bad_image="raise")
+    with pytest.raises(DataError, match="row 1 of the stream is unusable, .*data.on_bad_image"):
         read(stream, 2)
 
 
@@ -147,13 +147,12 @@ def test_loader_processes_change_nothing(num_workers):
 
 def test_two_loader_processes_are_refused():
     with pytest.raises(ConfigurationError, match="data.num_workers"):
-        next(iter(DataLoader(stream_of(numbered(8)), num_workers=2, collate_fn=collate)))
+        next(iter(DataLoader(stream_of(numbered(8), num_shards=2), num_workers=2, collate_fn=collate)))
 
 
 def test_a_pickled_stream_is_the_same():
     stream = stream_of(numbered(12))
     expected = rows(read(stream, 12))
-    assert rows(pickle.loads(pickle.dumps(stream))) [:0] == []
     assert rows(itertools.islice(pickle.loads(pickle.dumps(stream)), 12)) == expected
 
 
@@ -192,7 +191,7 @@ def test_without_labels_there_is_one_class():
     assert rows(read(stream, 4)) == [0] * 4
 
 
-def test_labels_beyond_the_declared_classes_are_skipped_by_number():
+def test_declared_classes_are_counted():
     stream = stream_of(numbered_images(8, classes=2), num_shards=2)
     assert stream.num_classes == 2
     assert np.bincount(rows(read(stream, 8))).tolist() == [4, 4]

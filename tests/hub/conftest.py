@@ -64,3 +64,9 @@ def run_python() -> RunPython:
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     return run
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings that the clients raise about their own dependencies."""
+    config.addinivalue_line("filterwarnings", "ignore:Use 'content=:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:The `local_dir_use_symlinks` argument:UserWarning")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,14 +41,6 @@ FACTS = ModelCardFacts(
     hub_id=REPO,
     license="mit",
 )
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
-        warnings.filterwarnings("ignore", message="Use 'content=", category=DeprecationWarning)
-        yield
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     apply_layer_skip,
 )
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -126,8 +127,9 @@ def test_ema_of_parameters_and_copies_of_the_model():
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_saved_model_loads_with_the_same_output_and_config(config, tmp_path):
     model, inputs = tiny_sit(**config), inputs_of(config)
-    with torch.no_grad():
-        model.pos_embed.add_(0.01)  # the table of an EMA checkpoint is not quite the formula
+    formula = model(**inputs).sample
+    model.pos_embed.add_(0.01)  # the table of an EMA checkpoint is not quite the formula, and must be kept
+    assert not torch.allclose(model(**inputs).sample, formula, atol=1e-4)
     model.save_pretrained(tmp_path)
     loaded = SiTTransformer2DModel.from_pretrained(tmp_path)
     assert not loaded.training
@@ -293,6 +295,20 @@ def test_attention_backends():
     assert torch.equal(model(**inputs).sample, expected)
     with pytest.raises(ValueError, match="backend"):
         model.set_attention_backend("abacus")
+
+
+def test_attention_gets_one_dtype_under_autocast(monkeypatch):
+    """Flash backends accept nothing else, while autocast returns the normalised queries and keys in float32."""
+    seen = []
+
+    def record(query, key, value, **kwargs):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return dispatch_attention_fn(query, key, value, **kwargs)
+
+    monkeypatch.setattr(transformer_sit, "dispatch_attention_fn", record)
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_sit(qk_norm=True)(**tiny_inputs())
+    assert seen == [{torch.bfloat16}] * 2
 
 
 # Adapters, caches, guidance

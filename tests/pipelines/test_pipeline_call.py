@@ -9,10 +9,12 @@ import pytest
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     LTXEulerAncestralRFScheduler,
+    MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
 )
@@ -152,25 +154,31 @@ def test_no_gradients(pipe: SiTPipeline) -> None:
 # Schedulers
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "tolerance"),
-    [
-        (FlowMatchHeunDiscreteScheduler(), 2e-3),
-        (UniPCMultistepScheduler(**FLOW), 2e-3),
-        (DPMSolverMultistepScheduler(**FLOW), 2e-2),
-        (LTXEulerAncestralRFScheduler(eta=0.0), 2e-2),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_solvers_of_diffusers_agree_with_a_fine_euler_run(scheduler: Any, tolerance: float) -> None:
+def solve(scheduler: Any, steps: int) -> torch.Tensor:
     latents = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0))
+    pipe = tiny_pipeline(scheduler=scheduler)
+    return call(pipe, latents=latents, num_inference_steps=steps, output_type="latent", guidance_scale=1.5)
 
-    def solve(scheduler: Any, steps: int) -> torch.Tensor:
-        pipe = tiny_pipeline(scheduler=scheduler)
-        return call(pipe, latents=latents, num_inference_steps=steps, output_type="latent", guidance_scale=1.5)
 
-    exact = solve(FlowMatchEulerDiscreteScheduler(), 400)
-    assert (solve(scheduler, 20) - exact).abs().mean() < tolerance * exact.abs().mean()
+@pytest.fixture(scope="module")
+def fine_euler_run() -> torch.Tensor:
+    return solve(FlowMatchEulerDiscreteScheduler(), 400)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "tolerance"),
+    [
+        (FlowMatchHeunDiscreteScheduler, {}, 2e-3),
+        (UniPCMultistepScheduler, FLOW, 2e-3),
+        (DPMSolverMultistepScheduler, FLOW, 2e-2),
+        (LTXEulerAncestralRFScheduler, {"eta": 0.0}, 2e-2),
+    ],
+)
+def test_solvers_of_diffusers_agree(
+    solver: Any, options: dict[str, Any], tolerance: float, fine_euler_run: torch.Tensor
+) -> None:
+    error = (solve(solver(**options), 20) - fine_euler_run).abs().mean()
+    assert error < tolerance * fine_euler_run.abs().mean()
 
 
 def test_grid_of_euler_is_even(pipe: SiTPipeline) -> None:
@@ -287,24 +295,37 @@ def test_callback_object(pipe: SiTPipeline) -> None:
 # Hooks of diffusers
 
 
+CACHES = {
+    "first-block": lambda timestep: FirstBlockCacheConfig(threshold=1e3),
+    "attention-broadcast": lambda timestep: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 900),
+        spatial_attention_block_identifiers=["transformer_blocks"],
+        current_timestep_callback=timestep,
+    ),
+    "mag": lambda timestep: MagCacheConfig(num_inference_steps=8, mag_ratios=[1.0] * 8),
+    "faster": lambda timestep: FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 901),
+        unconditional_batch_skip_range=2,
+        attention_weight_callback=lambda _: 0.5,
+        current_timestep_callback=timestep,
+    ),
+}
+
+
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.7)])
-def test_caches(interval: tuple[float, float]) -> None:
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches(cache: str, interval: tuple[float, float]) -> None:
     """Outside the guidance interval the batch is half as big, which a cached tensor must not survive."""
     pipe = tiny_pipeline()
     arguments: dict[str, Any] = {"num_inference_steps": 8, "guidance_interval": interval, "output_type": "latent"}
     plain = call(pipe, **arguments)
-    attention_broadcast = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2,
-        spatial_attention_timestep_skip_range=(100, 900),
-        spatial_attention_block_identifiers=["transformer_blocks"],
-        current_timestep_callback=lambda: pipe.current_timestep,
-    )
-    for config in (FirstBlockCacheConfig(threshold=1e3), attention_broadcast):
-        pipe.transformer.enable_cache(config)
-        cached = call(pipe, **arguments)
-        assert cached.isfinite().all() and not torch.equal(cached, plain)
-        torch.testing.assert_close(call(pipe, **arguments), cached, rtol=0, atol=0)
-        pipe.transformer.disable_cache()
+    pipe.transformer.enable_cache(CACHES[cache](lambda: pipe.current_timestep))
+    cached = call(pipe, **arguments)
+    assert cached.isfinite().all() and not torch.equal(cached, plain)
+    torch.testing.assert_close(call(pipe, **arguments), cached, rtol=0, atol=0)
+    pipe.transformer.disable_cache()
     torch.testing.assert_close(call(pipe, **arguments), plain, rtol=0, atol=0)
 
 
@@ -318,12 +339,12 @@ def test_model_offload(pipe: SiTPipeline) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_devices(pipe: SiTPipeline, method: str) -> None:
-    moved = tiny_pipeline()
-    getattr(moved, method)(**({"device": "cuda"} if method != "to" else {}), **{}) if method != "to" else moved.to("cuda")
+@pytest.mark.parametrize("place", ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_cuda(pipe: SiTPipeline, place: str) -> None:
+    placed = tiny_pipeline()
+    getattr(placed, place)(device="cuda")
     for _ in range(2):
-        torch.testing.assert_close(call(moved).cpu(), call(pipe), rtol=0, atol=1e-3)
+        torch.testing.assert_close(call(placed).cpu(), call(pipe), rtol=0, atol=1e-3)
 
 
 def test_slicing_and_tiling_of_the_autoencoder(pipe: SiTPipeline) -> None:

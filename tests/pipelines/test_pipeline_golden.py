@@ -8,7 +8,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
 
-from diffusers_srepa.models.transformer_sit import SiTTransformer2DModelOutput
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 
@@ -34,11 +33,11 @@ class GoldenField(ModelMixin, ConfigMixin, CacheMixin):
 
     def forward(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, **kwargs: Any
-    ) -> SiTTransformer2DModelOutput:
+    ) -> tuple[torch.Tensor]:
         t = (timestep.double() / 1000).reshape(-1, 1, 1, 1)
         label = (class_labels % 7).double().reshape(-1, 1, 1, 1)
         velocity = torch.tanh(0.7 * hidden_states) + self.slope * t * hidden_states + 0.02 * label
-        return SiTTransformer2DModelOutput(sample=velocity)
+        return (velocity,)
 
 
 class PatternedNoise(FlowMatchEulerMaruyamaScheduler):
@@ -116,10 +115,10 @@ def test_heun_guides_both_evaluations_of_a_step_alike(interval: tuple[float, flo
     x = (1.5 * torch.sin(0.05 * torch.arange(128, dtype=torch.float64))).reshape(2, 4, 4, 4)
 
     def velocity(x: torch.Tensor, t: float, guided: bool) -> torch.Tensor:
-        conditional = field(x, torch.tensor(1000 * t), labels).sample
+        conditional = field(x, torch.tensor(1000 * t), labels)[0]
         if not guided:
             return conditional
-        unconditional = field(x, torch.tensor(1000 * t), torch.full_like(labels, 1000)).sample
+        unconditional = field(x, torch.tensor(1000 * t), torch.full_like(labels, 1000))[0]
         return unconditional + 2.5 * (conditional - unconditional)
 
     with torch.no_grad():

@@ -178,6 +178,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         output_type: str,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Checks everything about a call but its guidance; each failure is a `ValueError` of one sentence."""
@@ -213,6 +214,8 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             _check_positive_integer("num_inference_steps", num_inference_steps)
         elif not _is_sigma_grid(sigmas):
             raise ValueError("`sigmas` must be a list of decreasing numbers in (0, 1].")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}, but must be callable.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -281,10 +284,10 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"{transformer.in_channels} (its `in_channels`): use the autoencoder of the transformer's latents."
             )
         prediction_type = scheduler.get("prediction_type", "flow_prediction")
-        if prediction_type != "flow_prediction":
+        if prediction_type != "flow_prediction" or not scheduler.get("use_flow_sigmas", True):
             raise ValueError(
-                f"The scheduler {type(self.scheduler).__name__} expects a prediction of type {prediction_type!r}, but "
-                "SiT predicts a flow: use a flow-matching scheduler, or rebuild this one by `from_config(..., "
+                f"The scheduler {type(self.scheduler).__name__} is not set up for flow prediction, but SiT predicts a "
+                "flow: use a flow-matching scheduler, or rebuild this one by `from_config(..., "
                 "prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=1.0)` if it has these options."
             )
         if scheduler.get("use_dynamic_shifting"):
@@ -419,6 +422,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             generator,
             latents,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
         self.check_guidance(guidance_scale, guidance_interval, guidance_channels, class_token_guidance_scale)
@@ -537,10 +541,11 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 timestep=timestep.expand(hidden_states.shape[0]),
                 class_labels=labels,
                 attention_kwargs=self.attention_kwargs,
+                return_dict=False,
                 **model_kwargs,
             )
-        velocity = output.sample.to(latents.dtype)
-        token_velocity = None if class_token is None else output.class_token.to(latents.dtype)
+        velocity = output[0].to(latents.dtype)
+        token_velocity = None if class_token is None else output[1].to(latents.dtype)
         if not guided:
             return velocity, token_velocity
         velocity = _guide(velocity, self._guidance_scale, self._guidance_channels)

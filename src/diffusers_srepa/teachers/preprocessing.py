@@ -12,6 +12,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.teachers.families import Statistics, TeacherFamily
+from diffusers_srepa.teachers.source import first_line
 
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def load_statistics(
         logger.warning(
             "no image processor could be read from %r (%s): images are normalised with mean %s and std %s of %r.",
             name_or_path,
-            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            first_line(error).split(". ")[0],
             family.image_mean,
             family.image_std,
             family.model_type,

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from torch.utils.data import IterableDataset
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.alignment.build import build_projector, build_terms
 from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.presets import default_depth
 from diffusers_srepa.data.datasets import load_image_dataset
+from diffusers_srepa.data.order import GlobalBatchSampler
 from diffusers_srepa.errors import ConfigurationError, close_matches
 from diffusers_srepa.latents.build import load_codec
 from diffusers_srepa.latents.codec import LatentCodec
@@ -105,7 +107,7 @@ def build_codec(config: TrainingConfig) -> LatentCodec:
 def build_dataset(config: TrainingConfig, codec: LatentCodec, needs_pixels: bool) -> Any:
     """The training images, with moments from the latent cache if one is given."""
     data = config.data
-    return load_image_dataset(
+    dataset = load_image_dataset(
         str(data.dataset),
         name=data.name,
         split=data.split,
@@ -123,6 +125,11 @@ def build_dataset(config: TrainingConfig, codec: LatentCodec, needs_pixels: bool
         codec_id=codec.codec_id if data.latent_cache else None,
         need_pixels=needs_pixels or data.latent_cache is None,
     )
+    if not isinstance(dataset, IterableDataset):
+        # The sampler refuses a dataset that cannot fill one global batch; better now than at the first step.
+        batch = config.training.global_batch_size
+        GlobalBatchSampler(len(dataset), batch, batch, config.seed)
+    return dataset
 
 
 def resolve_num_classes(config: TrainingConfig, found: int | None) -> int:

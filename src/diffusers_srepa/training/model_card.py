@@ -189,7 +189,7 @@ def _looks_local(value: str) -> bool:
 def _card_data(facts: ModelCardFacts) -> ModelCardData:
     dataset, base = public_id(facts.dataset), public_id(facts.init_from)
     # Neither teacher nor autoencoder is a base model in the Hub's sense: the weights do not descend from them.
-    relation = {"base_model": base, "base_model_relation": "finetune"} if base else {}
+    relation: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if base else {}
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",

@@ -1,6 +1,6 @@
 """Gram-MSE through D x D products, linear in N: the form for many tokens.
 
-`|Z_T Z_T' - Z_S Z_S'|^2 = |Z_T' Z_T|^2 - 2 |Z_T' Z_S|^2 + |Z_S' Z_S|^2`, where Z are the normalised tokens of a sample.
+With the normalised tokens Z of a sample, `|Z_T Z_T' - Z_S Z_S'|^2 = |Z_T' Z_T|^2 - 2 |Z_T' Z_S|^2 + |Z_S' Z_S|^2`.
 The sum includes the diagonal, which differs from zero only where exactly one of two tokens counts as zero, by 1.
 
 The three terms nearly cancel when student and teacher agree: in float32 the loss has an error of about
@@ -9,10 +9,11 @@ The three terms nearly cancel when student and teacher agree: in float32 the los
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from diffusers_srepa.alignment.structural.normalize import compute_dtype, inverse_norms, tangent_gradient_
+from diffusers_srepa.alignment.structural.normalize import compute_dtype, normalize_into, tangent_gradient_
 from diffusers_srepa.alignment.structural.tiling import (
     add_upper_gram_,
     mirror_upper_,
@@ -51,12 +52,14 @@ def _forward(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor
     own = student.new_zeros(num_samples, student_dim, student_dim, dtype=dtype)
     losses = student.new_zeros(num_samples, dtype=dtype)
     plan = plan_chunks(student, teacher)
+    student_memory, teacher_memory = plan.memory(student, dtype), plan.memory(teacher, dtype)
+    target_memory = student.new_empty(plan.chunk_size, teacher_dim, teacher_dim, dtype=dtype)
     with full_precision_products():
         for chunk in plan.chunks():
-            target = torch.zeros_like(losses[chunk]).view(-1, 1, 1).repeat(1, teacher_dim, teacher_dim)
+            target = target_memory[: chunk.stop - chunk.start].zero_()
             for rows in plan.rows():
-                z_student, inverse_student = _normalize(student[chunk, rows], dtype)
-                z_teacher, inverse_teacher = _normalize(teacher[chunk, rows], dtype)
+                z_student, inverse_student = normalize_into(student_memory, student[chunk, rows])
+                z_teacher, inverse_teacher = normalize_into(teacher_memory, teacher[chunk, rows])
                 add_upper_gram_(own[chunk], z_student)
                 add_upper_gram_(target, z_teacher)
                 cross[chunk].baddbmm_(z_teacher.transpose(1, 2), z_student)
@@ -87,11 +90,12 @@ def _backward(
     plan = plan_chunks(student, teacher)
     gradient = torch.empty(student.shape, dtype=own.dtype, device=student.device)
     factors = (grad_losses * (4 / (num_tokens * (num_tokens - 1)))).view(-1, 1, 1)
+    student_memory, teacher_memory = plan.memory(student, own.dtype), plan.memory(teacher, own.dtype)
     with full_precision_products():
         for chunk in plan.chunks():
             for rows in plan.rows():
-                z_student, inverse_student = _normalize(student[chunk, rows], own.dtype)
-                z_teacher, _ = _normalize(teacher[chunk, rows], own.dtype)
+                z_student, inverse_student = normalize_into(student_memory, student[chunk, rows])
+                z_teacher, _ = normalize_into(teacher_memory, teacher[chunk, rows])
                 grad_z = gradient[chunk, rows]
                 grad_z.baddbmm_(z_student, own[chunk], beta=0).baddbmm_(z_teacher, cross[chunk], alpha=-1)
                 tangent_gradient_(grad_z, z_student, inverse_student * factors[chunk])
@@ -108,10 +112,12 @@ def _(
 @contextmanager
 def full_precision_products() -> Iterator[None]:
     """Matrix products of float32 tensors in float32, whatever the global settings, which are put back at the end."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    # torch >= 2.9 has one setting per backend; before, CUDA alone has one.
-    settings = [(backend, "fp32_precision", "ieee") for backend in backends if hasattr(backend, "fp32_precision")]
-    settings = settings or [(torch.backends.cuda.matmul, "allow_tf32", False)]
+    cuda = torch.backends.cuda.matmul
+    settings: list[tuple[Any, str, Any]] = [(cuda, "allow_tf32", False)]
+    # torch >= 2.9 has one setting per backend, and reading the older switch beside it may raise.
+    if hasattr(cuda, "fp32_precision"):
+        mkldnn = getattr(torch.backends.mkldnn, "matmul", None)
+        settings = [(backend, "fp32_precision", "ieee") for backend in (cuda, mkldnn) if backend is not None]
     saved = [getattr(backend, name) for backend, name, _ in settings]
     try:
         for backend, name, exact in settings:
@@ -120,9 +126,3 @@ def full_precision_products() -> Iterator[None]:
     finally:
         for (backend, name, _), value in zip(settings, saved, strict=True):
             setattr(backend, name, value)
-
-
-def _normalize(tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = tokens.to(dtype)
-    inverse = inverse_norms(tokens)
-    return tokens * inverse, inverse

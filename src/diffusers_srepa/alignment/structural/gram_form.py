@@ -9,8 +9,7 @@ import torch
 
 from diffusers_srepa.alignment.structural.normalize import (
     compute_dtype,
-    inverse_norms,
-    normalize_tokens,
+    normalize_into,
     tangent_gradient_,
 )
 from diffusers_srepa.alignment.structural.tiling import add_symmetric_product_, plan_tiles, squared_norms
@@ -45,11 +44,13 @@ def _forward(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor
     plan = plan_tiles(student)
     losses = student.new_zeros(num_samples, dtype=dtype)
     differences = student.new_empty(num_samples, plan.packed_size, dtype=dtype)
+    student_memory = student.new_empty(plan.chunk_size, num_tokens, student.shape[2], dtype=dtype)
+    teacher_memory = student.new_empty(plan.chunk_size, num_tokens, teacher.shape[2], dtype=dtype)
     for chunk in plan.chunks():
-        z_student = normalize_tokens(student[chunk].to(dtype))
-        z_teacher = normalize_tokens(teacher[chunk].to(dtype))
+        z_student, _ = normalize_into(student_memory, student[chunk])
+        z_teacher, _ = normalize_into(teacher_memory, teacher[chunk])
         for tile in plan.tiles():
-            block = tile.view(differences[chunk])
+            block = tile.of_packed(differences[chunk])
             block.baddbmm_(z_teacher[:, tile.rows], z_teacher[:, tile.columns].transpose(1, 2), beta=0)
             block.baddbmm_(z_student[:, tile.rows], z_student[:, tile.columns].transpose(1, 2), alpha=-1)
             # Exact also where a zero token makes only one of the two diagonals differ from 1.
@@ -74,12 +75,11 @@ def _backward(grad_losses: torch.Tensor, student: torch.Tensor, differences: tor
     plan = plan_tiles(student)
     gradient = torch.empty(student.shape, dtype=differences.dtype, device=student.device)
     factors = (grad_losses * (-4 / (num_tokens * (num_tokens - 1)))).view(-1, 1, 1)
+    memory = gradient.new_empty(plan.chunk_size, num_tokens, student.shape[2])
     for chunk in plan.chunks():
-        raw = student[chunk].to(differences.dtype)
-        inverse = inverse_norms(raw)
-        z_student = raw * inverse
+        z_student, inverse = normalize_into(memory, student[chunk])
         for tile in plan.tiles():
-            add_symmetric_product_(gradient[chunk], tile.view(differences[chunk]), z_student, tile)
+            add_symmetric_product_(gradient[chunk], tile.of_packed(differences[chunk]), z_student, tile)
         tangent_gradient_(gradient[chunk], z_student, inverse * factors[chunk])
     return gradient.to(student.dtype)
 

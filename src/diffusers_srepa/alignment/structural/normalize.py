@@ -44,6 +44,22 @@ def normalize_tokens(tokens: torch.Tensor) -> torch.Tensor:
     return tokens * inverse_norms(tokens)
 
 
+def normalize_into(out: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write normalised tokens to reused memory; fresh memory would cost more than the arithmetic.
+
+    Args:
+        out (`torch.Tensor`): at least as large as `tokens` in batch and rows; its dtype is that of the computation.
+        tokens (`torch.Tensor`): shape `(B, N, D)`, any float dtype.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the normalised tokens, a view of `out`, and `1 / |x_i|` or 0, `(B, N, 1)`.
+    """
+    normalized = out[: tokens.shape[0], : tokens.shape[1]]
+    raw = tokens if tokens.dtype == out.dtype else normalized.copy_(tokens)
+    inverse = inverse_norms(raw)
+    return torch.mul(raw, inverse, out=normalized), inverse
+
+
 def tangent_gradient_(gradient: torch.Tensor, normalized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The gradient with respect to raw tokens from the one with respect to normalised tokens, in place.
 

@@ -1,17 +1,16 @@
 """Gram-KL in tiles: exact, with no N x N matrix.
 
 With logits `l = S / tau`, diagonal left out, and `e_i = log sum_j exp l_ij`, the divergence of row i is
-`sum_j P^T_ij (l^T_ij - l^S_ij) - e^T_i + e^S_i`. Its gradient with respect to the similarities is `(P^S - P^T) / tau_s`,
-so that with respect to the normalised tokens it is `(G + G') Z_S`, a symmetric matrix times the tokens. Both passes
-walk the upper tiles alone. The forward pass keeps e^T and e^S; the backward pass computes the tiles again.
+`sum_j P^T_ij (l^T_ij - l^S_ij) - e^T_i + e^S_i`. Its gradient with respect to the student's similarities is
+`G = (P^S - P^T) / tau_s`, and `(G + G') Z_S` with respect to the normalised tokens: a symmetric matrix times tokens.
+Both passes walk the upper tiles alone. The forward pass keeps e^T and e^S; the backward pass computes tiles again.
 """
 
 import torch
 
 from diffusers_srepa.alignment.structural.normalize import (
     compute_dtype,
-    inverse_norms,
-    normalize_tokens,
+    normalize_into,
     tangent_gradient_,
 )
 from diffusers_srepa.alignment.structural.tiling import RowTile, add_symmetric_product_, plan_tiles
@@ -51,13 +50,16 @@ def _forward(
     plan = plan_tiles(student)
     losses = student.new_empty(num_samples, dtype=dtype)
     normalizers = student.new_empty(2, num_samples, num_tokens, dtype=dtype)
+    student_memory = losses.new_empty(plan.chunk_size, num_tokens, student.shape[2])
+    teacher_memory = losses.new_empty(plan.chunk_size, num_tokens, teacher.shape[2])
+    scratch = losses.new_empty(4, plan.tile_size)
     for chunk in plan.chunks():
-        z_student = normalize_tokens(student[chunk].to(dtype))
-        z_teacher = normalize_tokens(teacher[chunk].to(dtype))
-        sums = _RunningSums(z_student)
+        z_student, _ = normalize_into(student_memory, student[chunk])
+        z_teacher, _ = normalize_into(teacher_memory, teacher[chunk])
+        sums = _RunningSums(z_student, scratch[2:])
         for tile in plan.tiles():
-            teacher_logits = _logits(z_teacher, tile, tau_teacher)
-            student_logits = _logits(z_student, tile, tau_student)
+            teacher_logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
+            student_logits = _logits(scratch[1], z_student, tile, tau_student)
             sums.add(tile.rows, teacher_logits, student_logits, dim=2)
             right = slice(tile.num_rows, None)
             if tile.stop < num_tokens:
@@ -90,14 +92,17 @@ def _backward(
     plan = plan_tiles(student)
     gradient = torch.empty(student.shape, dtype=normalizers.dtype, device=student.device)
     factors = (grad_losses / (num_tokens * tau_student)).view(-1, 1, 1)
+    student_memory = gradient.new_empty(plan.chunk_size, num_tokens, student.shape[2])
+    teacher_memory = gradient.new_empty(plan.chunk_size, num_tokens, teacher.shape[2])
+    scratch = gradient.new_empty(3, plan.tile_size)
     for chunk in plan.chunks():
-        raw = student[chunk].to(normalizers.dtype)
-        inverse = inverse_norms(raw)
-        z_student = raw * inverse
-        z_teacher = normalize_tokens(teacher[chunk].to(normalizers.dtype))
+        z_student, inverse = normalize_into(student_memory, student[chunk])
+        z_teacher, _ = normalize_into(teacher_memory, teacher[chunk])
         for tile in plan.tiles():
-            block = _summed_probabilities(_logits(z_student, tile, tau_student), normalizers[1, chunk], tile)
-            block -= _summed_probabilities(_logits(z_teacher, tile, tau_teacher), normalizers[0, chunk], tile)
+            logits = _logits(scratch[0], z_student, tile, tau_student)
+            block = _summed_probabilities(scratch[1], logits, normalizers[1, chunk], tile)
+            logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
+            block -= _summed_probabilities(scratch[2], logits, normalizers[0, chunk], tile)
             add_symmetric_product_(gradient[chunk], block, z_student, tile)
         tangent_gradient_(gradient[chunk], z_student, inverse * factors[chunk])
     return gradient.to(student.dtype)
@@ -115,17 +120,20 @@ def _(
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _logits(normalized: torch.Tensor, tile: RowTile, tau: float) -> torch.Tensor:
+def _logits(scratch: torch.Tensor, normalized: torch.Tensor, tile: RowTile, tau: float) -> torch.Tensor:
     """Similarities of a tile divided by the temperature; the diagonal is the lowest finite number, so that differences
     of two of them and their products with a probability of 0 stay numbers."""
-    logits = torch.bmm(normalized[:, tile.rows], normalized[:, tile.columns].transpose(1, 2)).div_(tau)
+    logits = tile.of_scratch(scratch, len(normalized))
+    torch.bmm(normalized[:, tile.rows], normalized[:, tile.columns].transpose(1, 2), out=logits).div_(tau)
     logits.diagonal(dim1=1, dim2=2).fill_(torch.finfo(logits.dtype).min)
     return logits
 
 
-def _summed_probabilities(logits: torch.Tensor, normalizers: torch.Tensor, tile: RowTile) -> torch.Tensor:
-    """`P_ij + P_ji` on a tile, from its logits and the log-sum-exps `(B, N)` of all rows."""
-    by_row = logits - normalizers[:, tile.rows].unsqueeze(2)
+def _summed_probabilities(
+    scratch: torch.Tensor, logits: torch.Tensor, normalizers: torch.Tensor, tile: RowTile
+) -> torch.Tensor:
+    """`P_ij + P_ji` on a tile, from its logits, which are overwritten, and the log-sum-exps `(B, N)` of all rows."""
+    by_row = torch.sub(logits, normalizers[:, tile.rows].unsqueeze(2), out=tile.of_scratch(scratch, len(logits)))
     by_column = logits.sub_(normalizers[:, tile.columns].unsqueeze(1))
     return by_row.exp_().add_(by_column.exp_())
 
@@ -136,7 +144,8 @@ class _RunningSums:
     Sums are relative to the running maximum and are rescaled when it rises, which is safe at any temperature.
     """
 
-    def __init__(self, normalized: torch.Tensor) -> None:
+    def __init__(self, normalized: torch.Tensor, scratch: torch.Tensor) -> None:
+        self.scratch = scratch
         shape = normalized.shape[:2]
         lowest = torch.finfo(normalized.dtype).min
         self.teacher_max, self.student_max = normalized.new_full(shape, lowest), normalized.new_full(shape, lowest)
@@ -147,17 +156,22 @@ class _RunningSums:
         """Add logits of `rows`, whose other tokens run along `dim`."""
         rescale, terms = self._raise_maximum(self.teacher_max[:, rows], teacher_logits, dim)
         self.teacher_sum[:, rows].mul_(rescale).add_(terms.sum(dim))
-        gap = torch.sub(teacher_logits, student_logits).mul_(terms)
+        gap = torch.sub(teacher_logits, student_logits, out=self._memory(1, teacher_logits)).mul_(terms)
         self.weighted_gap[:, rows].mul_(rescale).add_(gap.sum(dim))
         rescale, terms = self._raise_maximum(self.student_max[:, rows], student_logits, dim)
         self.student_sum[:, rows].mul_(rescale).add_(terms.sum(dim))
 
-    @staticmethod
-    def _raise_maximum(maximum: torch.Tensor, logits: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _raise_maximum(
+        self, maximum: torch.Tensor, logits: torch.Tensor, dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raise `maximum` to that of the logits: the factor for earlier sums, and `exp(logits - maximum)`."""
         raised = torch.maximum(maximum, logits.amax(dim))
         rescale = (maximum - raised).exp_()
         maximum.copy_(raised)
-        return rescale, torch.sub(logits, raised.unsqueeze(dim)).exp_()
+        return rescale, torch.sub(logits, raised.unsqueeze(dim), out=self._memory(0, logits)).exp_()
+
+    def _memory(self, index: int, logits: torch.Tensor) -> torch.Tensor:
+        return self.scratch[index, : logits.numel()].view(logits.shape)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-sum-exps of teacher and student and the divergence of each row, each `(B, N)`."""

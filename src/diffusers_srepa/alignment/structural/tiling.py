@@ -50,9 +50,13 @@ class RowTile:
         """Number of elements of the tile."""
         return self.num_rows * (self.num_tokens - self.start)
 
-    def view(self, packed: torch.Tensor) -> torch.Tensor:
+    def of_packed(self, packed: torch.Tensor) -> torch.Tensor:
         """This tile of a packed buffer `(B, packed_size)` as `(B, num_rows, num_tokens - start)`."""
         return packed[:, self.offset : self.offset + self.size].unflatten(1, (self.num_rows, -1))
+
+    def of_scratch(self, scratch: torch.Tensor, num_samples: int) -> torch.Tensor:
+        """Memory for this tile in a flat scratch tensor, as `(num_samples, num_rows, num_tokens - start)`."""
+        return scratch[: num_samples * self.size].view(num_samples, self.num_rows, -1)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,16 @@ class TilePlan:
             yield tile
 
     @property
+    def chunk_size(self) -> int:
+        """Number of samples of the largest chunk."""
+        return min(self.num_samples, self.samples_per_chunk)
+
+    @property
+    def tile_size(self) -> int:
+        """Number of elements of the largest tile of a chunk."""
+        return self.chunk_size * self.rows_per_tile * self.num_tokens
+
+    @property
     def packed_size(self) -> int:
         """Number of elements of all tiles of one sample; a closed form, since N may be symbolic."""
         rows, num_full = self.rows_per_tile, self.num_tokens // self.rows_per_tile
@@ -108,14 +122,23 @@ class ChunkPlan:
         """Slices of the tokens."""
         return _slices(self.num_tokens, self.rows_per_chunk)
 
+    @property
+    def chunk_size(self) -> int:
+        """Number of samples of the largest chunk."""
+        return min(self.num_samples, self.samples_per_chunk)
+
+    def memory(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a chunk of normalised `tokens`."""
+        return tokens.new_empty(self.chunk_size, self.rows_per_chunk, tokens.shape[2], dtype=dtype)
+
 
 def plan_tiles(student: torch.Tensor) -> TilePlan:
     """The walk for tokens of shape `(B, N, D)`; its tiles depend on N and the device alone."""
-    num_samples, num_tokens, dim = student.shape
+    num_samples, num_tokens, _ = student.shape
     on_cpu = student.device.type == "cpu"
     budget = CPU_TILE_ELEMENTS if on_cpu else ACCELERATOR_ELEMENTS
     rows = min(num_tokens, CPU_TILE_ROWS if on_cpu else max(CPU_TILE_ROWS, budget // num_tokens))
-    samples = max(1, budget // (num_tokens * max(rows, dim)))
+    samples = max(1, budget // (num_tokens * rows))
     return TilePlan(num_samples, num_tokens, samples, rows)
 
 

@@ -1,0 +1,1 @@
+"""Pictures of a run: loss curves, sample grids, similarity maps of student and teacher tokens."""

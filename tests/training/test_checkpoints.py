@@ -1,0 +1,177 @@
+"""Checkpoints: complete or absent, checked when read, free of pickles."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
+from diffusers_srepa.alignment.projectors import MLPProjector
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
+from diffusers_srepa.training.checkpoints import (
+    RunState,
+    find_checkpoint,
+    find_damage,
+    load_checkpoint,
+    prune_checkpoints,
+    remove_incomplete,
+    save_checkpoint,
+)
+from diffusers_srepa.training.ema import WeightAverage
+
+
+Parts = tuple[AlignedDenoiser, WeightAverage, torch.optim.AdamW]
+
+
+def _parts(num_layers: int = 2, seed: int = 0) -> Parts:
+    torch.manual_seed(seed)
+    transformer = SiTTransformer2DModel(
+        sample_size=4, num_layers=num_layers, num_attention_heads=2, attention_head_dim=8, num_classes=3
+    )
+    student = AlignedDenoiser(transformer, "transformer_blocks.0", MLPProjector(16, 8, hidden_dim=8))
+    return student, WeightAverage(student, 0.9), torch.optim.AdamW(student.parameters(), lr=1e-2)
+
+
+def _train(parts: Parts, steps: int, seed: int = 5) -> None:
+    student, average, optimizer = parts
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        latents = torch.randn(2, 4, 4, 4, generator=generator)
+        labels, drop = torch.tensor([0, 2]), torch.tensor([False, True])
+        velocity, tokens = student(latents, torch.tensor([100.0, 700.0]), class_labels=labels, class_drop_mask=drop)
+        loss = (velocity - latents).square().mean() + tokens["default", "default"].tokens.square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+
+def _state(step: int) -> RunState:
+    return RunState(step=step, seed=0, global_batch_size=2, num_processes=1, dataset_fingerprint="f")
+
+
+def _save(folder: Path, parts: Parts, step: int) -> Path:
+    return save_checkpoint(folder, _state(step), *parts, config_text="seed: 0\n")
+
+
+@pytest.fixture(autouse=True)
+def _logging_state() -> None:
+    PartialState(cpu=True)
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = _parts()
+    _train(whole, 3)
+    folder = _save(tmp_path, whole, 3)
+    _train(whole, 2, seed=6)
+    restored = _parts(seed=99)
+    state = load_checkpoint(folder, *restored)
+    assert state == _state(3)
+    _train(restored, 2, seed=6)
+    for (name, one), other in zip(whole[0].named_parameters(), restored[0].parameters(), strict=True):
+        assert torch.equal(one, other), name
+    for name, one in whole[1].state().items():
+        assert torch.equal(one, restored[1].state()[name]), name
+
+
+def test_weights_load_as_ordinary_models_and_nothing_is_pickled(tmp_path: Path) -> None:
+    parts = _parts()
+    _train(parts, 1)
+    folder = _save(tmp_path, parts, 1)
+    loaded = SiTTransformer2DModel.from_pretrained(folder / "transformer")
+    assert torch.equal(loaded.patch_embed.proj.weight, parts[0].transformer.patch_embed.proj.weight)
+    assert MLPProjector.from_pretrained(folder / "projectors" / "default").config.out_dim == 8
+    suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
+    assert suffixes == {".json", ".safetensors", ".yaml"}
+
+
+def test_the_newest_intact_checkpoint_is_found_and_damage_is_named(tmp_path: Path, caplog) -> None:
+    parts = _parts()
+    _train(parts, 1)
+    assert find_checkpoint(tmp_path, "latest") is None
+    folders = [_save(tmp_path, parts, step) for step in (5, 10, 15, 20)]
+    assert find_checkpoint(tmp_path, "latest") == folders[3]
+    weights = folders[3] / "ema.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (folders[2] / "state.json").write_text("{}")
+    (folders[1] / "optimizer.safetensors").unlink()
+    assert find_damage(folders[3]) == "ema.safetensors has other content than was written"
+    assert "bytes instead of" in str(find_damage(folders[2]))
+    assert find_damage(folders[1]) == "optimizer.safetensors is missing"
+    assert find_checkpoint(tmp_path, "latest") == folders[0]
+    assert "checkpoint-20 is damaged" in caplog.text
+    with pytest.raises(ConfigurationError, match="damaged"):
+        find_checkpoint(tmp_path, "checkpoint-20")
+    (folders[0] / "manifest.json").unlink()
+    with pytest.raises(ConfigurationError, match="all 4 checkpoints"):
+        find_checkpoint(tmp_path, "latest")
+
+
+def test_a_checkpoint_can_be_named_below_the_run_or_by_path(tmp_path: Path) -> None:
+    parts = _parts()
+    _train(parts, 1)
+    folder = _save(tmp_path, parts, 5)
+    assert find_checkpoint(tmp_path, "checkpoint-5") == folder
+    assert find_checkpoint(tmp_path / "elsewhere", str(folder)) == folder
+    with pytest.raises(ConfigurationError, match="there is no checkpoint checkpoint-6"):
+        find_checkpoint(tmp_path, "checkpoint-6")
+
+
+def test_another_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    parts = _parts()
+    _train(parts, 1)
+    folder = _save(tmp_path, parts, 5)
+    with pytest.raises(ConfigurationError, match="does not fit the model") as error:
+        load_checkpoint(folder, *_parts(num_layers=3))
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_no_half_checkpoint_and_keeps_the_old_ones(tmp_path: Path) -> None:
+    parts = _parts()
+    _train(parts, 1)
+    good = _save(tmp_path, parts, 5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(Exception, match=r"(?i)too large|i/?o error"):
+            _save(tmp_path, parts, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert find_damage(good) is None
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    parts = _parts()
+    _train(parts, 1)
+    _save(tmp_path, parts, 5)
+    _train(parts, 1)
+    folder = _save(tmp_path, parts, 5)
+    assert find_damage(folder) is None and [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    loaded = SiTTransformer2DModel.from_pretrained(folder / "transformer")
+    assert torch.equal(loaded.patch_embed.proj.weight, parts[0].transformer.patch_embed.proj.weight)
+
+
+def test_old_checkpoints_are_pruned_and_remains_removed(tmp_path: Path) -> None:
+    for step in (5, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / ".incomplete-checkpoint-200").mkdir()
+    prune_checkpoints(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 4
+    prune_checkpoints(tmp_path, 2)
+    remove_incomplete(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_the_manifest_covers_every_file(tmp_path: Path) -> None:
+    parts = _parts()
+    _train(parts, 1)
+    folder = _save(tmp_path, parts, 5)
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert set(json.loads((folder / "manifest.json").read_text())) == files - {"manifest.json"}
