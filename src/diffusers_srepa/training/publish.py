@@ -31,7 +31,7 @@ def claim_repository(config: TrainingConfig, accelerator: Accelerator) -> str | 
     repository: list[str | None] = [None]
     if accelerator.is_main_process:
         name = config.hub_model_id or Path(str(config.output_dir)).resolve().name
-        repository = [hub.create_repository(name, private=config.hub_private or None)]
+        repository = [hub.create_repository(name, private=config.hub_private or None, license=config.hub_license)]
     return broadcast_object_list(repository)[0]
 
 
@@ -74,6 +74,7 @@ def write_card(config: TrainingConfig, parts: Components, output_dir: Path, step
         sample_grid=grid if grid.exists() else None,
         losses=_last_losses(output_dir / METRICS_FILE),
         hub_id=repository,
+        license=config.hub_license,
     )
     write_model_card(output_dir, config=config.to_dict(), facts=facts)
 

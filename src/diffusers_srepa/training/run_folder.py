@@ -19,7 +19,7 @@ CHECKPOINT_PREFIX = "checkpoint-"
 
 # What a run leaves in its folder; anything else there is the user's and stays untouched.
 _OWN_FOLDERS = ("transformer", "vae", "scheduler", "projectors", "validation", "logs")
-_OWN_FILES = (CONFIG_FILE, METRICS_FILE, "model_index.json", "README.md")
+_OWN_FILES = (CONFIG_FILE, METRICS_FILE, "model_index.json", "README.md", "sample_grid.png")
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
