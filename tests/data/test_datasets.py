@@ -41,7 +41,13 @@ def test_a_folder_of_class_folders(folder, tmp_path):
     assert np.array_equal(item["pixel_values"].numpy(), crop_of(5))
     assert item["pixel_values"].dtype == torch.uint8
     assert item["class_labels"].dtype == torch.int64
-    assert (int(item["class_labels"]), item["index"], item["step"], item["position"], item["replaced"]) == (1, 5, 3, 7, 0)
+    assert (int(item["class_labels"]), item["index"], item["step"], item["position"], item["replaced"]) == (
+        1,
+        5,
+        3,
+        7,
+        0,
+    )
 
 
 def test_a_split_slice(folder, tmp_path):
@@ -72,6 +78,20 @@ def test_a_folder_of_parquet_files_with_splits(tmp_path):
     assert len(load(tmp_path / "data", tmp_path, split="test")) == 3
     with pytest.raises(ConfigurationError, match=r"no split 'dev', its splits are 'train', 'test' .*data.split"):
         load(tmp_path / "data", tmp_path, split="dev")
+
+
+def test_a_folder_of_arrow_files(tmp_path):
+    numbered_images(6).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "arrow").mkdir()
+    shutil.copy(tmp_path / "saved" / "data-00000-of-00001.arrow", tmp_path / "arrow" / "train.arrow")
+    for source in (tmp_path / "arrow", tmp_path / "arrow" / "train.arrow"):
+        assert np.array_equal(load(source, tmp_path)[3]["pixel_values"].numpy(), crop_of(3))
+
+
+def test_a_flat_folder_of_images_has_one_class(tmp_path):
+    flat = write_image_folder(tmp_path / "images", classes=("all",)) / "all"
+    dataset = load(flat, tmp_path)
+    assert (len(dataset), dataset.num_classes, dataset.label_column) == (4, 1, None)
 
 
 def test_a_dataset_saved_to_disk(tmp_path):
@@ -143,7 +163,9 @@ def test_the_row_after_the_last_is_the_first(tmp_path):
 
 def test_an_unreadable_image_can_be_fatal(tmp_path):
     dataset = load(image_table([png(0), jpeg(0)[:900]], [0, 1]), tmp_path, on_bad_image="raise")
-    with pytest.raises(DataError, match=r"image of row 1 of the dataset is unreadable, .*truncated.*data.on_bad_image"):
+    with pytest.raises(
+        DataError, match=r"image of row 1 of the dataset is unreadable, .*truncated.*data.on_bad_image"
+    ):
         dataset[1]
 
 

@@ -44,10 +44,7 @@ def test_places_in_the_global_batch_by_hand():
 
 def test_an_epoch_shows_no_row_twice_and_the_next_one_has_another_order():
     batches = global_batches(19, 4, 4, 1, steps=8)
-    epochs = [
-        [index for step in range(first, first + 4) for index in batches[step].values()]
-        for first in (0, 4)
-    ]
+    epochs = [[index for step in range(first, first + 4) for index in batches[step].values()] for first in (0, 4)]
     for epoch in epochs:
         assert len(set(epoch)) == 16
         assert set(epoch) <= set(range(19))

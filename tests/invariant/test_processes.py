@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.helpers.tiny_run import write_assets
@@ -32,7 +33,14 @@ def _losses(output_dir: Path) -> list[float]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same training by one process (folder `one`) and by two (folder `two`)."""
     folder = write_assets(tmp_path_factory.mktemp("runs"))
-    options = [str(SCRIPT), "--config", str(folder / "config.yaml"), "--validation.every", "4"]
+    # The alignment ends at step 3, so that both also pass the moment in which projector and teacher are dropped.
+    stop = {"name": "hard_stop", "step": 3}
+    (folder / "stop.yaml").write_text(
+        yaml.safe_dump(
+            {"alignment": {"terms": {"cosine": {"weight": stop}, "gram_mse": {"weight": {**stop, "value": 2.0}}}}}
+        )
+    )
+    options = [str(SCRIPT), "--config", str(folder / "config.yaml"), "--config", str(folder / "stop.yaml")]
     two = [*LAUNCH, "--multi_gpu", "--num_processes", "2", *options, "--output_dir", str(folder / "two")]
     for command in (
         [sys.executable, *options, "--output_dir", str(folder / "one")],
@@ -53,7 +61,7 @@ def test_two_processes_train_and_give_the_trajectory_of_one(runs: Path) -> None:
 
 
 def test_a_checkpoint_of_two_processes_resumes_on_one(runs: Path) -> None:
-    options = ["--config", str(runs / "config.yaml"), "--output_dir", str(runs / "two"), "--training.max_steps", "6"]
+    options = ["--config", str(runs / "two" / "config.yaml"), "--training.max_steps", "6"]
     result = _run([sys.executable, str(SCRIPT), *options, "--resume_from_checkpoint", "checkpoint-4"])
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(_losses(runs / "two")) == 6

@@ -307,9 +307,17 @@ def test_class_token_is_absent_by_default():
         ({}, {"timestep": torch.zeros(2, 1)}, r"timestep has shape \(2, 1\)"),
         ({}, {"class_drop_mask": torch.zeros(2)}, "class_drop_mask .* must be bool"),
         ({}, {"class_drop_mask": torch.zeros(3, dtype=torch.bool)}, r"bool of shape \(2,\)"),
-        ({}, {"class_token": torch.zeros(2, 6)}, "found one, expected none, since class_token_dim=None"),
-        ({"class_token_dim": 6}, {}, "found none, expected one of width 6"),
-        ({"class_token_dim": 6}, {"class_token": torch.zeros(2, 5)}, r"must have shape \(2, 6\)"),
+        ({}, {"class_token": torch.zeros(2, 6)}, "shape .2, 6., but a model with class_token_dim=None takes none"),
+        (
+            {"class_token_dim": 6},
+            {},
+            "Found no class_token, but a model with class_token_dim=6 takes one of shape .2, 6.",
+        ),
+        (
+            {"class_token_dim": 6},
+            {"class_token": torch.zeros(2, 5)},
+            "class_token of shape .2, 5., but .* one of shape .2, 6.",
+        ),
     ],
 )
 def test_wrong_inputs_are_refused_in_one_sentence(config, wrong, words):

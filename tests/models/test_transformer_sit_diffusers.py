@@ -297,17 +297,19 @@ def test_attention_backends():
         model.set_attention_backend("abacus")
 
 
-def test_attention_gets_one_dtype_under_autocast(monkeypatch):
-    """Flash backends accept nothing else, while autocast returns the normalised queries and keys in float32."""
-    seen = []
+def test_attention_gets_one_dtype_when_norms_return_float32(monkeypatch):
+    """Layer norms do so under CUDA's autocast, and flash backends do not accept it."""
+    model, seen = tiny_sit(qk_norm=True).bfloat16(), []
+    for block in model.transformer_blocks:
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            norm.register_forward_hook(lambda module, args, output: output.float())
 
     def record(query, key, value, **kwargs):
         seen.append({query.dtype, key.dtype, value.dtype})
         return dispatch_attention_fn(query, key, value, **kwargs)
 
     monkeypatch.setattr(transformer_sit, "dispatch_attention_fn", record)
-    with torch.autocast("cpu", torch.bfloat16):
-        tiny_sit(qk_norm=True)(**tiny_inputs())
+    model(**tiny_inputs(dtype=torch.bfloat16))
     assert seen == [{torch.bfloat16}] * 2
 
 

@@ -96,6 +96,28 @@ def test_accumulation_gives_the_same_trajectory(assets: Path, tmp_path: Path) ->
         assert one["alignment/gram_mse"] == pytest.approx(other["alignment/gram_mse"], rel=1e-3)
 
 
+def test_after_a_hard_stop_the_projector_rests_and_the_teacher_is_gone(assets: Path, tmp_path: Path) -> None:
+    stop = "{name: hard_stop, step: 2}"
+    options = [
+        "--alignment.terms.cosine.weight",
+        stop,
+        "--alignment.terms.gram_mse",
+        "null",
+        "--checkpoints.every",
+        "1",
+    ]
+    trainer = _train(assets, tmp_path, *options)
+    assert trainer.parts.teacher is None
+    projectors = [_weights(tmp_path / f"checkpoint-{step}" / "projectors" / "default") for step in (1, 2, 3, 4)]
+    assert not torch.equal(projectors[0]["layers.0.weight"], projectors[1]["layers.0.weight"])
+    assert torch.equal(projectors[1]["layers.0.weight"], projectors[3]["layers.0.weight"])
+    records = _metrics(tmp_path)
+    assert [record["weight/cosine"] for record in records] == [1.0, 1.0, 0.0, 0.0]
+    assert "alignment/cosine" in records[1] and "alignment/cosine" not in records[2]
+    resumed = _train(assets, tmp_path, *options, "--training.max_steps", "5", "--resume_from_checkpoint", "latest")
+    assert resumed.parts.teacher is None and len(_metrics(tmp_path)) == 5
+
+
 def test_another_seed_is_another_run(assets: Path, tmp_path: Path) -> None:
     _train(assets, tmp_path / "zero", "--training.max_steps", "1")
     _train(assets, tmp_path / "one", "--training.max_steps", "1", "--seed", "1")

@@ -204,7 +204,7 @@ class SiTTransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
         self.attn = SiTAttention(dim, heads, head_dim, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
-        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
+        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")  # the tanh form of GELU
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(
@@ -238,6 +238,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     The defaults are SiT-XL/2 on 32 x 32 latents (256 px images); [`SiTTransformer2DModel.from_preset`] builds the
     other sizes of the paper. With `class_token_dim` it is the model of REG (Wu et al. 2025,
     https://arxiv.org/abs/2507.01467), which denoises a vision encoder's class token together with the latents.
+
+    ```python
+    model = SiTTransformer2DModel.from_preset("SiT-B/2", num_classes=10)
+    velocity = model(x_t, timestep=1000 * t, class_labels=labels).sample  # x_t (B, 4, 32, 32), t and labels (B,)
+    ```
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to 32): native height and width of the latents. Latents of
@@ -471,16 +476,15 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
 
     def _check_config(self, height: int, width: int) -> None:
         config = self.config
-        for name in (
+        counts = (
             "patch_size",
             "in_channels",
             "num_layers",
             "num_attention_heads",
             "attention_head_dim",
             "num_classes",
-            "mlp_ratio",
-            "timestep_scale",
-        ):
+        )
+        for name in (*counts, "mlp_ratio", "timestep_scale"):
             if config[name] <= 0:
                 raise ValueError(f"{name} is {config[name]}, but must be positive.")
         for name in ("out_channels", "class_token_dim"):
@@ -523,13 +527,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
                 f"class_labels have shape {tuple(class_labels.shape)} and dtype {class_labels.dtype}, but must be "
                 f"whole numbers of shape ({batch_size},)."
             )
-        if (class_token is None) != (token_dim is None):
-            found, expected = ("none", f"one of width {token_dim}") if class_token is None else ("one", "none")
-            raise ValueError(f"class_token: found {found}, expected {expected}, since class_token_dim={token_dim}.")
-        if class_token is not None and class_token.shape != (batch_size, token_dim):
-            raise ValueError(
-                f"class_token has shape {tuple(class_token.shape)}, but must have shape ({batch_size}, {token_dim})."
-            )
+        found_shape = None if class_token is None else tuple(class_token.shape)
+        expected_shape = None if token_dim is None else (batch_size, token_dim)
+        if found_shape != expected_shape:
+            found = "no class_token" if found_shape is None else f"class_token of shape {found_shape}"
+            expected = "none" if expected_shape is None else f"one of shape {expected_shape}"
+            raise ValueError(f"Found {found}, but a model with class_token_dim={token_dim} takes {expected}.")
         if class_drop_mask is None:
             return
         if self.null_class_label is None:

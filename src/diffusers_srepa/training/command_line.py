@@ -197,7 +197,8 @@ def _take_free_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 def _parse_scalar(text: str) -> Any:
     """A value as a YAML file would give it, `1e-3` being a number here too."""
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) else value
     except (ValueError, yaml.YAMLError):
         return text
 

@@ -286,7 +286,7 @@ class TrainingConfig:
         push_to_hub: Upload the finished pipeline to the Hub.
         hub_model_id: Repository on the Hub; by default the output folder's name under your account.
         hub_private: Create the repository as private.
-        hub_license: Licence identifier of the weights for the model card, such as apache-2.0; by default none is named.
+        hub_license: Licence of the weights for the model card, such as apache-2.0; by default none is named.
         model: The student.
         latents: The student's space.
         teacher: The frozen vision encoder.

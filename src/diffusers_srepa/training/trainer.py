@@ -13,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from diffusers_srepa.errors import ConfigurationError
@@ -201,6 +202,7 @@ class Trainer:
             dynamic_ncols=True,
         ) as progress:
             while self.step < last_step:
+                self._drop_ended_terms()
                 meter.add(self._train_step(batches))
                 self.step += 1
                 progress.update()
@@ -212,6 +214,24 @@ class Trainer:
                 if self._validation_is_due(last_step):
                     self._validate()
                 meter.exclude(time.perf_counter() - started)
+
+    def _drop_ended_terms(self) -> None:
+        """Let go of what only terms that have ended for good needed: tap, projector and teacher.
+
+        Stopped projectors keep their weights but get no gradient, for which DDP would wait for ever: it is wrapped
+        anew around what still trains.
+        """
+        criterion = self.parts.criterion
+        ended = set(self.unwrapped.features) - set(criterion.features(self.step))
+        if not ended:
+            return
+        self.unwrapped.stop_features(ended)
+        if isinstance(self.student, DistributedDataParallel):
+            self.accelerator._models.clear()
+            self.student = self.method.student = self.accelerator.prepare_model(self.unwrapped)
+        if not criterion.teachers(self.step) and self.config.alignment.class_token_weight is None:
+            self.parts.teacher = self.method.teacher = None
+        logger.info(f"step {self.step}: {len(ended)} aligned feature(s) have ended and are dropped")
 
     def _train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """One optimiser step; returns the mean of the raw values over this process's micro-batches."""

@@ -24,7 +24,7 @@ _COLOUR = "#1f6fb4"
 _ANCHOR_COLOUR = "#e8590c"
 # The values of metrics.jsonl that are losses, in the order of their panels; what starts with "alignment/" follows.
 _FLOW_TITLES = {
-    "loss": ("total loss", "weighted sum of the losses below"),
+    "loss": ("total loss", "weighted sum of the other losses"),
     "flow": ("flow matching loss", "mean squared error of the velocity"),
     "class_token": ("class token loss", "mean squared error of the class token's velocity"),
 }
@@ -39,20 +39,21 @@ _CELL = 64  # smallest side of an image in a grid, in pixels
 # --- loss curves ---
 
 
-def plot_loss_curves(metrics_file: str | Path, out_png: str | Path, smoothing: float = 0.6) -> Path:
+def plot_loss_curves(metrics_file: str | Path, out_png: str | Path, smoothing: float | None = None) -> Path:
     """Draw every loss of a run against the training step, one panel each, raw (faint) and smoothed.
 
     Args:
         metrics_file (`str` or `Path`): `metrics.jsonl` of a run: one JSON object with `step` per line.
         out_png (`str` or `Path`): the picture to write; its folder is created.
-        smoothing (`float`): weight of the past in the running mean, in [0, 1).
+        smoothing (`float`, *optional*): width of the smoothing in logged values, see `smooth`; 0 draws the values as
+            they are. By default a hundredth of the run, at least 1.
 
     Raises:
-        ValueError: the file holds no loss, or `smoothing` is out of range.
+        ValueError: the file holds no loss, or `smoothing` is negative.
         ImportError: matplotlib is not installed.
     """
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing is {smoothing}, but must be at least 0 and below 1.")
+    if smoothing is not None and smoothing < 0:
+        raise ValueError(f"smoothing is {smoothing}, but must not be negative.")
     records = _read_records(Path(metrics_file))
     names = _loss_names(records)
     if not names:
@@ -92,12 +93,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _draw_curve(axis: Any, name: str, points: Sequence[tuple[float, float]], smoothing: float) -> None:
+def _draw_curve(axis: Any, name: str, points: Sequence[tuple[float, float]], smoothing: float | None) -> None:
     steps, values = np.asarray(points, dtype=float).T
+    width = max(1.0, len(values) / 100) if smoothing is None else smoothing
     term = name.removeprefix("alignment/")
     title, meaning = _FLOW_TITLES.get(name) or _ALIGNMENT_TITLES.get(term, (f"alignment: {term}", ""))
     axis.plot(steps, values, color=_COLOUR, alpha=0.3, linewidth=1, label="logged")
-    axis.plot(steps, smooth(values, smoothing), color=_COLOUR, linewidth=2, label="smoothed")
+    axis.plot(steps, smooth(values, width), color=_COLOUR, linewidth=2, label="smoothed")
     if len(steps) == 1:
         axis.plot(steps, values, "o", color=_COLOUR)
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
@@ -108,15 +110,18 @@ def _draw_curve(axis: Any, name: str, points: Sequence[tuple[float, float]], smo
     axis.legend(frameon=False, fontsize=8)
 
 
-def smooth(values: np.ndarray, weight: float) -> np.ndarray:
-    """Exponential running mean of `values` `(T,)`, corrected for its start, so that the first value is kept."""
-    smoothed = np.empty_like(values, dtype=float)
-    mean, total = 0.0, 0.0
-    for index, value in enumerate(values):
-        mean = weight * mean + (1 - weight) * float(value)
-        total = weight * total + (1 - weight)
-        smoothed[index] = mean / total
-    return smoothed
+def smooth(values: np.ndarray, width: float) -> np.ndarray:
+    """Weighted mean of `values` `(T,)` over their neighbours, with a Gaussian of standard deviation `width` values.
+
+    It looks to both sides, so that the curve does not lag behind; at the ends the weights that are left are rescaled.
+    """
+    if width == 0:
+        return np.asarray(values, dtype=float)
+    reach = max(1, math.ceil(3 * width))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    # "full" and a cut, because "same" is as long as the longer of the two.
+    sums, weights = (np.convolve(signal, kernel)[reach:-reach] for signal in (values, np.ones(len(values))))
+    return sums / weights
 
 
 # --- image grids ---
@@ -227,7 +232,7 @@ def plot_similarity_maps(
     grid = _check_maps(arrays, anchors)
     lowest = min(float(value.min()) for value in arrays.values())
     limits = (math.floor(min(lowest, 0.9) * 10) / 10, 1.0)
-    figure = _new_figure((2.5 * (1 + len(arrays)) + 1.0, 2.5 * len(anchors) + 0.9))
+    figure = _new_figure((2.5 * (1 + len(arrays)) + 1.0, 2.45 * len(anchors) + 0.5))
     axes = figure.subplots(len(anchors), 1 + len(arrays), squeeze=False)
     drawn = None
     for row, anchor in enumerate(anchors):
@@ -262,10 +267,13 @@ def _draw_image(axis: Any, picture: Image.Image, grid: tuple[int, int], anchor: 
     """The picture in token coordinates, with the borders of its patches."""
     height, width = grid
     axis.imshow(np.asarray(picture), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+    # Without major ticks: a minor tick at the place of a major one is left out.
+    axis.set_xticks([])
+    axis.set_yticks([])
     axis.set_xticks(np.arange(width + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(height + 1) - 0.5, minor=True)
     if max(grid) <= 32:
-        axis.grid(which="minor", color="white", alpha=0.35, linewidth=0.6)
+        axis.grid(which="minor", color="white", alpha=0.5, linewidth=0.6)
     _mark(axis, anchor)
 
 

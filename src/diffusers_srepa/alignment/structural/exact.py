@@ -6,8 +6,11 @@ import math
 
 import torch
 
+from diffusers_srepa.alignment.structural.feature_form import feature_form_mse
+from diffusers_srepa.alignment.structural.gram_form import gram_form_mse
 from diffusers_srepa.alignment.structural.normalize import compute_dtype
 from diffusers_srepa.alignment.structural.reference import reference_gram_kl, reference_gram_mse
+from diffusers_srepa.alignment.structural.tiled_kl import tiled_gram_kl
 
 
 MSE_FORMS = ("auto", "gram", "feature", "reference")
@@ -19,6 +22,7 @@ def gram_mse_loss(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor, fo
     """Mean squared difference of the off-diagonal cosine similarities of student and teacher (sREPA Eq. 6).
 
     Computed outside autocast, in float64 if both inputs are float64 and in float32 otherwise. The teacher is detached.
+    A token with norm below 1e-6 counts as zero. All forms but `"reference"` are differentiable once.
 
     Args:
         student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, any float dtype, N >= 2.
@@ -34,9 +38,30 @@ def gram_mse_loss(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor, fo
     """
     check_choice("form", form, MSE_FORMS)
     check_tokens(student_tokens, teacher_tokens)
-    dtype = compute_dtype(student_tokens, teacher_tokens)
+    teacher_tokens = teacher_tokens.detach()
+    if form == "auto":
+        form = choose_mse_form(student_tokens.shape[1], student_tokens.shape[2], teacher_tokens.shape[2])
     with torch.autocast(device_type=student_tokens.device.type, enabled=False):
-        return reference_gram_mse(student_tokens.to(dtype), teacher_tokens.detach().to(dtype))
+        if form == "reference":
+            dtype = compute_dtype(student_tokens, teacher_tokens)
+            return reference_gram_mse(student_tokens.to(dtype), teacher_tokens.to(dtype))
+        exact_form = gram_form_mse if form == "gram" else feature_form_mse
+        return exact_form(student_tokens, teacher_tokens)
+
+
+def choose_mse_form(num_tokens: int, student_dim: int, teacher_dim: int) -> str:
+    """`"feature"` where the multiplications of forward and backward pass are fewer than those of `"gram"`.
+
+    The Gram form takes `N^2 (D_T + 2 D_S)`, the feature form `N (D_T^2 + 2 D_T D_S + 2 D_S^2)`: at equal widths the
+    feature form wins for `N > 5/3 D`. Both save some of them by symmetry.
+
+    Args:
+        num_tokens (`int`): N.
+        student_dim (`int`): D_S.
+        teacher_dim (`int`): D_T.
+    """
+    feature_cost = teacher_dim**2 + 2 * teacher_dim * student_dim + 2 * student_dim**2
+    return "feature" if num_tokens * (teacher_dim + 2 * student_dim) > feature_cost else "gram"
 
 
 def gram_kl_loss(
@@ -50,6 +75,7 @@ def gram_kl_loss(
     """KL divergence between the neighbour distributions of teacher and student (sREPA Eq. 7 and 8).
 
     Computed outside autocast, in float64 if both inputs are float64 and in float32 otherwise. The teacher is detached.
+    A token with norm below 1e-6 counts as zero. All forms but `"reference"` are differentiable once.
 
     Args:
         student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, any float dtype, N >= 2.
@@ -72,11 +98,15 @@ def gram_kl_loss(
     check_temperature("tau_teacher", tau_teacher)
     check_temperature("tau_student", tau_student)
     check_tokens(student_tokens, teacher_tokens)
-    dtype = compute_dtype(student_tokens, teacher_tokens)
+    teacher_tokens = teacher_tokens.detach()
+    tau_teacher, tau_student = float(tau_teacher), float(tau_student)
     with torch.autocast(device_type=student_tokens.device.type, enabled=False):
-        return reference_gram_kl(
-            student_tokens.to(dtype), teacher_tokens.detach().to(dtype), tau_teacher, tau_student, reduction
-        )
+        if form == "reference":
+            dtype = compute_dtype(student_tokens, teacher_tokens)
+            student, teacher = student_tokens.to(dtype), teacher_tokens.to(dtype)
+            return reference_gram_kl(student, teacher, tau_teacher, tau_student, reduction)
+        losses = tiled_gram_kl(student_tokens, teacher_tokens, tau_teacher, tau_student)
+        return losses if reduction == "mean" else losses * student_tokens.shape[1]
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

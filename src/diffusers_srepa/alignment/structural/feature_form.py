@@ -14,12 +14,7 @@ from typing import Any
 import torch
 
 from diffusers_srepa.alignment.structural.normalize import compute_dtype, normalize_into, tangent_gradient_
-from diffusers_srepa.alignment.structural.tiling import (
-    add_upper_gram_,
-    mirror_upper_,
-    plan_chunks,
-    squared_norms,
-)
+from diffusers_srepa.alignment.structural.tiling import add_upper_gram_, mirror_upper_, plan_chunks, squared_norms
 
 
 def feature_form_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
@@ -33,13 +28,13 @@ def feature_form_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor)
 
 class _FeatureFormMSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         losses, cross, own = _forward(student, teacher)
         ctx.save_for_backward(student, teacher, cross, own)
         return losses
 
     @staticmethod
-    def backward(ctx, grad_losses):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _backward(grad_losses, *ctx.saved_tensors), None
 
 
@@ -67,7 +62,8 @@ def _forward(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor
             mirror_upper_(own[chunk])
             mirror_upper_(target)
             losses[chunk] += squared_norms(target) - 2 * squared_norms(cross[chunk]) + squared_norms(own[chunk])
-    return losses / (num_tokens * (num_tokens - 1)), cross, own
+    # Rounding may leave a sum that cannot be negative slightly below zero.
+    return losses.clamp_min_(0) / (num_tokens * (num_tokens - 1)), cross, own
 
 
 @_forward.register_fake

@@ -5,13 +5,11 @@ the normalised student tokens is `-4 M Z_S / (N (N - 1))`. M is symmetric: the u
 backward pass, and used twice there.
 """
 
+from typing import Any
+
 import torch
 
-from diffusers_srepa.alignment.structural.normalize import (
-    compute_dtype,
-    normalize_into,
-    tangent_gradient_,
-)
+from diffusers_srepa.alignment.structural.normalize import compute_dtype, normalize_into, tangent_gradient_
 from diffusers_srepa.alignment.structural.tiling import add_symmetric_product_, plan_tiles, squared_norms
 
 
@@ -25,13 +23,13 @@ def gram_form_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) ->
 
 class _GramFormMSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         losses, differences = _forward(student, teacher)
         ctx.save_for_backward(student, differences)
         return losses
 
     @staticmethod
-    def backward(ctx, grad_losses):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor, None]:
         student, differences = ctx.saved_tensors
         return _backward(grad_losses, student, differences), None
 

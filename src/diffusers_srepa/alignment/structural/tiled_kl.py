@@ -6,13 +6,11 @@ With logits `l = S / tau`, diagonal left out, and `e_i = log sum_j exp l_ij`, th
 Both passes walk the upper tiles alone. The forward pass keeps e^T and e^S; the backward pass computes tiles again.
 """
 
+from typing import Any
+
 import torch
 
-from diffusers_srepa.alignment.structural.normalize import (
-    compute_dtype,
-    normalize_into,
-    tangent_gradient_,
-)
+from diffusers_srepa.alignment.structural.normalize import compute_dtype, normalize_into, tangent_gradient_
 from diffusers_srepa.alignment.structural.tiling import RowTile, add_symmetric_product_, plan_tiles
 
 
@@ -29,14 +27,16 @@ def tiled_gram_kl(
 
 class _TiledGramKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, tau_teacher, tau_student):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float
+    ) -> torch.Tensor:
         losses, normalizers = _forward(student, teacher, tau_teacher, tau_student)
         ctx.save_for_backward(student, teacher, normalizers)
         ctx.temperatures = (tau_teacher, tau_student)
         return losses
 
     @staticmethod
-    def backward(ctx, grad_losses):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _backward(grad_losses, *ctx.saved_tensors, *ctx.temperatures), None, None, None
 
 

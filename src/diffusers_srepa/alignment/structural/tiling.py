@@ -14,6 +14,7 @@ import torch
 
 # What is worked on at a time should stay in the caches of a CPU; an accelerator wants few, large products instead.
 CPU_TILE_ROWS = 128
+ACCELERATOR_TILE_ROWS = 1024
 CPU_TILE_ELEMENTS = 1 << 18
 CPU_CHUNK_ELEMENTS = 1 << 20
 ACCELERATOR_ELEMENTS = 1 << 26
@@ -137,7 +138,7 @@ def plan_tiles(student: torch.Tensor) -> TilePlan:
     num_samples, num_tokens, _ = student.shape
     on_cpu = student.device.type == "cpu"
     budget = CPU_TILE_ELEMENTS if on_cpu else ACCELERATOR_ELEMENTS
-    rows = min(num_tokens, CPU_TILE_ROWS if on_cpu else max(CPU_TILE_ROWS, budget // num_tokens))
+    rows = min(num_tokens, CPU_TILE_ROWS if on_cpu else ACCELERATOR_TILE_ROWS)
     samples = max(1, budget // (num_tokens * rows))
     return TilePlan(num_samples, num_tokens, samples, rows)
 

@@ -1,0 +1,179 @@
+"""The exact forms inside what training wraps around them: compile, autocast, checkpointing, precision switches."""
+
+import warnings
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
+from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
+from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
+from diffusers_srepa.alignment.structural import feature_form, gram_form, tiled_kl
+from diffusers_srepa.alignment.structural.exact import gram_kl_loss, gram_mse_loss
+from diffusers_srepa.alignment.structural.feature_form import full_precision_products
+from diffusers_srepa.tokens import TokenMap
+
+
+LOSSES = {
+    "gram": lambda s, t: gram_mse_loss(s, t, form="gram"),
+    "feature": lambda s, t: gram_mse_loss(s, t, form="feature"),
+    "kl": gram_kl_loss,
+}
+
+
+def tokens(num_tokens=20, student_dim=8, teacher_dim=6, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(2, num_tokens, student_dim, generator=generator, dtype=dtype)
+    return student, torch.randn(2, num_tokens, teacher_dim, generator=generator, dtype=dtype)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(name, dynamic, fresh_dynamo):
+    def step(student, projection, teacher):
+        return LOSSES[name](student @ projection, teacher).mean()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    projection = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    for num_tokens in (20, 150) if dynamic else (20,):
+        student, teacher = tokens(num_tokens)
+        (expected,) = torch.autograd.grad(step(student, projection, teacher), projection)
+        (gradient,) = torch.autograd.grad(compiled(student, projection, teacher), projection)
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    "objective", [CosineAlignment(), GramMSEAlignment(), GramMSEAlignment(form="feature"), GramKLAlignment()], ids=repr
+)
+def test_objectives_compile_under_autocast(objective, fresh_dynamo):
+    def step(student, projection, teacher):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            projected = student @ projection
+            return objective(TokenMap(projected, (4, 5)), TokenMap(teacher, (4, 5))).mean()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    student, teacher = tokens(teacher_dim=8)
+    projection = torch.eye(8).requires_grad_()
+    (expected,) = torch.autograd.grad(step(student, projection, teacher), projection)
+    (gradient,) = torch.autograd.grad(compiled(student, projection, teacher), projection)
+    torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_backward_under_autocast_stays_in_float32(name):
+    student, teacher = tokens(dtype=torch.float32)
+    student.requires_grad_()
+    (expected,) = torch.autograd.grad(LOSSES[name](student, teacher).sum(), student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (gradient,) = torch.autograd.grad(LOSSES[name](student, teacher).sum(), student)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_gradient_checkpointing(name, use_reentrant):
+    student, teacher = tokens(dtype=torch.float64)
+    projection = torch.nn.Linear(8, 8, dtype=torch.float64)
+
+    def step(student):
+        return LOSSES[name](projection(student), teacher)
+
+    expected = torch.autograd.grad(step(student.requires_grad_()).sum(), (student, projection.weight))
+    projection.weight.grad = None
+    student = student.detach().requires_grad_()
+    checkpoint(step, student, use_reentrant=use_reentrant).sum().backward()
+    torch.testing.assert_close(student.grad, expected[0])
+    torch.testing.assert_close(projection.weight.grad, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_keep_the_rules_of_custom_operators(dtype):
+    """No aliasing, no mutation, and shapes under tracing as in reality."""
+    checks = ("test_schema", "test_faketensor")
+    student, teacher = (x.to(dtype) for x in tokens(150))
+    grad_losses = torch.ones(2)
+    for module, arguments in ((gram_form, ()), (feature_form, ()), (tiled_kl, (0.2, 0.3))):
+        torch.library.opcheck(module._forward, (student, teacher, *arguments), test_utils=checks)
+        _, *kept = module._forward(student, teacher, *arguments)
+        inputs = (student,) if module is gram_form else (student, teacher)
+        torch.library.opcheck(module._backward, (grad_losses, *inputs, *kept, *arguments), test_utils=checks)
+
+
+def largest_allocation(step):
+    """Bytes of the largest single allocation on CPU while `step` runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.profiler.profile(profile_memory=True) as profile:
+            step()
+    events = profile.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("name", ["feature", "kl"])
+def test_no_square_matrix_of_tokens_is_built(name):
+    num_tokens = 2048
+    student, teacher = tokens(num_tokens, 16, 16)
+    student.requires_grad_()
+
+    def step(loss):
+        loss(student[:1], teacher[:1]).sum().backward()
+
+    square = 4 * num_tokens**2
+    assert largest_allocation(lambda: step(LOSSES[name])) < square / 2
+    assert largest_allocation(lambda: step(lambda s, t: gram_mse_loss(s, t, form="reference"))) >= square
+
+
+SETTINGS = {
+    "untouched": lambda: None,
+    "highest": lambda: torch.set_float32_matmul_precision("highest"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_reduced_precision_is_off_inside_and_restored_outside(setting):
+    def state():
+        return torch.backends.cuda.matmul.allow_tf32, getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+
+    try:
+        SETTINGS[setting]()
+        before = state()
+        with full_precision_products():
+            assert not torch._C._get_cublas_allow_tf32() if before[1] is None else state_inside() == "ieee"
+        assert state() == before
+        with pytest.raises(KeyError), full_precision_products():
+            raise KeyError
+        assert state() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def state_inside():
+    return torch.backends.cuda.matmul.fp32_precision
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("num_tokens", [7, 256, 1500])
+def test_on_cuda(name, num_tokens):
+    student, teacher = tokens(num_tokens, 96, 64)
+    torch.backends.cuda.matmul.allow_tf32 = name == "feature"
+    try:
+        on_cpu = LOSSES[name](student.requires_grad_(), teacher)
+        (expected,) = torch.autograd.grad(on_cpu.sum(), student)
+        on_cuda = LOSSES[name](student.cuda(), teacher.cuda())
+        (gradient,) = torch.autograd.grad(on_cuda.sum(), student)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    torch.testing.assert_close(on_cuda.cpu(), on_cpu, rtol=1e-4, atol=1e-7)
+    assert (gradient - expected).norm() <= 1e-4 * expected.norm()
