@@ -9,12 +9,13 @@ command line, which wins over files; `--print_config` shows the whole configurat
 
 import sys
 
-from diffusers_srepa import Trainer, parse_training_config
+from diffusers_srepa import Trainer, parse_training_config, set_up_console
 
 
 def main() -> None:
     """Parse, build, train."""
     config = parse_training_config()
+    set_up_console()
     try:
         trainer = Trainer(config)
     except ValueError as error:

@@ -13,6 +13,7 @@ digits) below that folder, which `datasets.load_dataset(folder)` reads as the sp
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import os
 from pathlib import Path
@@ -45,6 +46,7 @@ def render_digit(scan: np.ndarray) -> np.ndarray:
     return np.rint(np.asarray(small) * 255).astype(np.uint8)
 
 
+@functools.cache
 def load_digit_split(split: str) -> tuple[np.ndarray, np.ndarray]:
     """The drawn digits of `"train"` or `"test"` in a fixed order.
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from digits import read_digits
 from PIL import Image
 from sklearn.svm import SVC
@@ -111,8 +112,8 @@ def compare_tokens(
     teacher = Teacher.from_pretrained(str(find_path(config.teacher.name_or_path)), grid=hidden.grid)
     return {
         "teacher": teacher(image.unsqueeze(0)).token_map(),
-        "student, projected": projected,
-        "student, hidden": hidden,
+        "student, after the projector": projected,
+        "student, before it": hidden,
     }
 
 
@@ -153,6 +154,7 @@ def report(run_dir: str | Path, data_dir: str | Path | None = None, output_dir: 
     Returns:
         The exit code: 0, or 1 if the samples are not recognised often enough.
     """
+    PartialState()  # what the package logs during training goes through accelerate, which needs to know the processes
     run_dir = Path(run_dir)
     output_dir = Path(output_dir or run_dir / "report")
     config = parse_training_config(["--config", str(run_dir / "config.yaml")])

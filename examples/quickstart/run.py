@@ -28,8 +28,9 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     started = time.perf_counter()
 
-    from diffusers_srepa import Trainer, parse_training_config
+    from diffusers_srepa import Trainer, parse_training_config, set_up_console
 
+    set_up_console()
     arguments = ["--config", "examples/configs/quickstart.yaml", "--output_dir", str(run_dir)]
     Trainer(parse_training_config([*arguments, "--overwrite_output_dir"])).train()
     print(f"\ntrained in {time.perf_counter() - started:.0f} s; now sampling and measuring")

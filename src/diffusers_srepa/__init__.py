@@ -40,6 +40,7 @@ _PUBLIC = {
     "gram_kl_loss": "alignment.objectives.gram_kl",
     "gram_mse_loss": "alignment.objectives.gram_mse",
     "parse_training_config": "training.command_line",
+    "set_up_console": "training.console",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -56,5 +57,35 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    # The same names for type checkers and editors.
-    pass
+    # The same names, for type checkers and editors.
+    from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser as AlignedDenoiser
+    from diffusers_srepa.alignment.feature_tap import FeatureTap as FeatureTap
+    from diffusers_srepa.alignment.loss import AlignmentLoss as AlignmentLoss
+    from diffusers_srepa.alignment.objectives.base import AlignmentObjective as AlignmentObjective
+    from diffusers_srepa.alignment.objectives.cosine import CosineAlignment as CosineAlignment
+    from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment as GramKLAlignment
+    from diffusers_srepa.alignment.objectives.gram_kl import gram_kl_loss as gram_kl_loss
+    from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment as GramMSEAlignment
+    from diffusers_srepa.alignment.objectives.gram_mse import gram_mse_loss as gram_mse_loss
+    from diffusers_srepa.alignment.projectors import ConvProjector as ConvProjector
+    from diffusers_srepa.alignment.projectors import LinearProjector as LinearProjector
+    from diffusers_srepa.alignment.projectors import MLPProjector as MLPProjector
+    from diffusers_srepa.alignment.spatial_norm import SpatialNorm as SpatialNorm
+    from diffusers_srepa.alignment.term import AlignmentTerm as AlignmentTerm
+    from diffusers_srepa.alignment.term import Tap as Tap
+    from diffusers_srepa.interpolant import CosineInterpolant as CosineInterpolant
+    from diffusers_srepa.interpolant import LinearInterpolant as LinearInterpolant
+    from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec as AutoencoderKLCodec
+    from diffusers_srepa.latents.pixels import PixelCodec as PixelCodec
+    from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel as SiTTransformer2DModel
+    from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline as SiTPipeline
+    from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import (
+        FlowMatchEulerMaruyamaScheduler as FlowMatchEulerMaruyamaScheduler,
+    )
+    from diffusers_srepa.teachers.auto_teacher import Teacher as Teacher
+    from diffusers_srepa.tokens import TeacherFeatures as TeacherFeatures
+    from diffusers_srepa.tokens import TokenMap as TokenMap
+    from diffusers_srepa.training.command_line import parse_training_config as parse_training_config
+    from diffusers_srepa.training.config import TrainingConfig as TrainingConfig
+    from diffusers_srepa.training.console import set_up_console as set_up_console
+    from diffusers_srepa.training.trainer import Trainer as Trainer

@@ -204,6 +204,12 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     assert len(cache_latents(dataset, PixelCodec(), tmp_path / "cache", **OPTIONS)) == 8
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="could not be written .Not a directory"):
+        cache_latents(load(numbered_images(2)), PixelCodec(), tmp_path / "file" / "cache", **OPTIONS)
+
+
 def test_a_disk_that_is_too_small_is_found_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(ConfigurationError, match=r"takes 0.0 GiB more, but .* has 0.0 GiB free"):

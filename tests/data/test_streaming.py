@@ -55,6 +55,13 @@ def test_rows_are_mixed_within_blocks_and_shards():
     assert order[:8] != sorted(order[:8])
 
 
+@pytest.mark.parametrize(("num_shards", "block_rows"), [(10, 1), (1, 30)], ids=["shards", "blocks"])
+def test_shards_and_blocks_each_have_a_new_order_every_epoch(num_shards, block_rows):
+    order = rows(read(stream_of(numbered(30), num_shards=num_shards, block_rows=block_rows), 60))
+    assert sorted(order[:30]) == sorted(order[30:]) == list(range(30))
+    assert order[:30] != order[30:]
+
+
 def test_items_are_those_of_the_map_style_dataset():
     table = numbered(12)
     items = read(stream_of(table, num_shards=12, horizontal_flip=True), 12)

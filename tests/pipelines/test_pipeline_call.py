@@ -211,8 +211,9 @@ def test_progress_bar_counts_steps(scheduler: Any, steps: int, evaluations: int)
     pipe.set_progress_bar_config(file=screen, mininterval=0, miniters=1)
     call(pipe, num_inference_steps=steps)
     assert pipe.num_timesteps == evaluations
-    counts = [int(done) for done, total in re.findall(r"(\d+)/(\d+)", screen.getvalue()) if int(total) == steps]
-    assert sorted(set(counts)) == list(range(steps + 1))
+    shown = [int(done) for done in re.findall(rf"(\d+)/{steps} ", screen.getvalue())]
+    assert sorted(set(shown)) == list(range(steps + 1))
+    assert f"{steps}/{steps} " in screen.getvalue().rstrip().split("\r")[-1]
 
 
 # Callbacks

@@ -128,9 +128,16 @@ def test_callback_replaces_the_token(pipe: SiTPipeline) -> None:
 
 
 def test_float64_state(pipe: SiTPipeline) -> None:
+    dtypes = set()
+
+    def look(pipeline: SiTPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        dtypes.add(tensors["class_token"].dtype)
+        return tensors
+
     latents = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.manual_seed(0))
-    result = call(pipe, latents=latents)
-    assert result.dtype == torch.float64 and result.isfinite().all()
+    tensors = ["latents", "class_token"]
+    result = call(pipe, latents=latents, callback_on_step_end=look, callback_on_step_end_tensor_inputs=tensors)
+    assert dtypes == {torch.float64} == {result.dtype} and result.isfinite().all()
 
 
 def test_save_load_and_images(pipe: SiTPipeline, tmp_path: Any) -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -70,7 +71,7 @@ def test_grid() -> None:
 
 def test_last_step_size_and_shortest_grid() -> None:
     scheduler = FlowMatchEulerMaruyamaScheduler(last_step_size=0.25)
-    scheduler.set_timesteps(2)
+    scheduler.set_timesteps(np.int64(2))
     assert scheduler.sigmas.tolist() == [1.0, 0.25, 0.0]
 
 

@@ -66,10 +66,7 @@ def load_image_dataset(
         ConfigurationError: the dataset, a column or the cache does not exist or does not fit.
         DataError: rows without labels, or no rows.
     """
-    if resolution < 1:
-        raise ConfigurationError(f"data.resolution is {resolution}, but must be at least 1.")
-    if on_bad_image not in ("skip", "raise"):
-        raise ConfigurationError(f"data.on_bad_image is {on_bad_image!r}, but must be 'skip' or 'raise'.")
+    _check_options(resolution, on_bad_image)
     source: Dataset | IterableDataset
     if isinstance(name_or_path, Dataset | IterableDataset):
         source, described = name_or_path, type(name_or_path).__name__
@@ -91,11 +88,22 @@ def load_image_dataset(
     if isinstance(source, IterableDataset):
         return _open_stream(source, described, image_column, label_column, latent_cache, options)
     options |= _columns(described, source.features, image_column, label_column)
-    if latent_cache is not None and not isinstance(latent_cache, LatentCache):
-        latent_cache = LatentCache.open(latent_cache)
-    if latent_cache is not None:
-        latent_cache.check(codec_id=codec_id)
-    return ImageDataset(source, latent_cache=latent_cache, need_pixels=need_pixels, **options)
+    return ImageDataset(source, latent_cache=_cache(latent_cache, codec_id), need_pixels=need_pixels, **options)
+
+
+def _check_options(resolution: int, on_bad_image: str) -> None:
+    if resolution < 1:
+        raise ConfigurationError(f"data.resolution is {resolution}, but must be at least 1.")
+    if on_bad_image not in ("skip", "raise"):
+        raise ConfigurationError(f"data.on_bad_image is {on_bad_image!r}, but must be 'skip' or 'raise'.")
+
+
+def _cache(latent_cache: str | Path | LatentCache | None, codec_id: str | None) -> LatentCache | None:
+    if latent_cache is None:
+        return None
+    cache = latent_cache if isinstance(latent_cache, LatentCache) else LatentCache.open(latent_cache)
+    cache.check(codec_id=codec_id)
+    return cache
 
 
 def _columns(

@@ -77,8 +77,34 @@ def cache_latents(
     """
     _check_arguments(dtype, batch_size, shard_rows, process_index, num_processes)
     folder = Path(folder)
+    layout = _layout(dataset, codec.to(device), flip, dtype, shard_rows)
+    try:
+        if _join(folder, layout):
+            return LatentCache.open(folder)
+        missing = [shard for shard in range(layout.num_shards) if not _done_file(folder, shard).is_file()]
+        _check_space(folder, layout, missing)
+        mine = [shard for shard in missing if shard % num_processes == process_index]
+        total = sum(len(layout.rows_of(shard)) for shard in mine)
+        with (
+            _ShardWriter(folder, layout) as writer,
+            tqdm(total=total, desc="latents", unit="img", disable=not show_progress) as progress,
+        ):
+            for rows, crops, readable in _batches(dataset, layout, mine, batch_size, num_workers):
+                writer.add(rows, _encode(codec, crops.to(device), layout), readable)
+                progress.update(len(rows))
+        return _finish(folder, layout)
+    except (ConnectionError, TimeoutError):
+        raise  # About remote images, not about the cache's own files.
+    except OSError as error:
+        raise DataError(
+            f"the latent cache in {folder} could not be written ({error.strerror or error}): free space or choose "
+            "another folder, then run the same command again, which keeps the finished shards."
+        ) from error
+
+
+def _layout(dataset: ImageDataset, codec: LatentCodec, flip: bool, dtype: str, shard_rows: int) -> CacheLayout:
     channels, height, width = codec.latent_shape(dataset.resolution, dataset.resolution)
-    layout = CacheLayout(
+    return CacheLayout(
         rows=len(dataset),
         shape=(2 * channels, height, width),
         dtype=dtype,
@@ -88,24 +114,6 @@ def cache_latents(
         fingerprint=dataset.fingerprint,
         shard_rows=shard_rows,
     )
-    if _join(folder, layout):
-        return LatentCache.open(folder)
-    missing = [shard for shard in range(layout.num_shards) if not _done_file(folder, shard).is_file()]
-    _check_space(folder, layout, missing)
-    writer = _ShardWriter(folder, layout)
-    mine = [shard for shard in missing if shard % num_processes == process_index]
-    total = sum(len(layout.rows_of(shard)) for shard in mine)
-    try:
-        with writer, tqdm(total=total, desc="latents", unit="img", disable=not show_progress) as progress:
-            for rows, crops, readable in _batches(dataset, layout, mine, batch_size, num_workers):
-                writer.add(rows, _encode(codec.to(device), crops.to(device), layout), readable)
-                progress.update(len(rows))
-        return _finish(folder, layout)
-    except OSError as error:
-        raise DataError(
-            f"the latent cache in {folder} could not be written ({error.strerror or error}): free space or choose "
-            "another folder, then run the same command again, which keeps the finished shards."
-        ) from error
 
 
 class _Crops(Dataset):

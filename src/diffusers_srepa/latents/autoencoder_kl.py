@@ -106,10 +106,11 @@ class AutoencoderKLCodec(LatentCodec):
             raise ConfigurationError(
                 f"the autoencoder {name_or_path} cannot be loaded ({_first_line(error)}): change latents.vae."
             ) from error
-        if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        if missing:
             raise ConfigurationError(
-                f"the weights of the autoencoder {name_or_path} lack {len(loaded['missing_keys'])} tensors, the first is "
-                f"{min(loaded['missing_keys'])}: change latents.vae."
+                f"the weights of the autoencoder {name_or_path} lack {len(missing)} tensors, the first is "
+                f"{missing[0]}: change latents.vae."
             )
         return cls(vae)
 

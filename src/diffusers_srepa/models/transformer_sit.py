@@ -31,8 +31,9 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils import apply_lora_scale
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,7 +54,7 @@ SIT_PRESETS: dict[str, dict[str, int]] = {
 
 
 @dataclass
-class SiTTransformer2DModelOutput(BaseOutput):
+class SiTTransformer2DModelOutput(Transformer2DModelOutput):
     """Output of [`SiTTransformer2DModel`].
 
     Args:

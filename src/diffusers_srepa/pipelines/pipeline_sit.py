@@ -11,6 +11,7 @@ import difflib
 import inspect
 import json
 import math
+import numbers
 import os
 import re
 import shutil
@@ -71,7 +72,8 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     Time runs from t = 1 (noise) to t = 0 (data); the transformer predicts d x_t / d t and gets timesteps `1000 * t`.
     Any scheduler for flow prediction works. One whose `set_timesteps` takes `sigmas` gets `linspace(1, 1/N, N)`, the
     even grid of SiT's and REPA's Euler sampler; any other, such as `FlowMatchHeunDiscreteScheduler` and
-    `FlowMatchEulerMaruyamaScheduler`, uses the grid of its own.
+    `FlowMatchEulerMaruyamaScheduler`, uses the grid of its own. Multistep solvers assume the linear path; a model of
+    the cosine path is sampled by Euler, Heun, or Euler-Maruyama with `path_type="cosine"`.
 
     Args:
         transformer ([`SiTTransformer2DModel`]):
@@ -173,16 +175,12 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         num_images_per_prompt: int,
         height: int,
         width: int,
-        num_inference_steps: int,
-        sigmas: Sequence[float] | None,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         output_type: str,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        """Checks everything about a call but its guidance; each failure is a `ValueError` of one sentence."""
-        num_classes = self.transformer.config.num_classes
+        """Checks what a call asks for; each failure is a `ValueError` of one sentence."""
+        num_classes, channels = self.transformer.config.num_classes, self.transformer.config.in_channels
         wrong = [label for label in label_ids if not 0 <= label < num_classes]
         if wrong:
             raise ValueError(
@@ -191,17 +189,20 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if not label_ids:
             raise ValueError("`class_labels` is empty, but at least one class is needed.")
         _check_positive_integer("num_images_per_prompt", num_images_per_prompt)
-        batch_size = len(label_ids) * num_images_per_prompt
-
         step = self.vae_scale_factor * self.transformer.config.patch_size
         for name, size in (("height", height), ("width", width)):
             _check_positive_integer(name, size)
             if size % step:
                 raise ValueError(f"`{name}` is {size} pixels, but must be divisible by {step}.")
-        if isinstance(generator, list) and len(generator) != batch_size:
+
+        batch_size = len(label_ids) * num_images_per_prompt
+        sources = generator if isinstance(generator, list) else [generator] * batch_size
+        if generator is not None and not all(isinstance(source, torch.Generator) for source in sources):
+            raise ValueError(f"`generator` is {generator!r}, but must be a `torch.Generator` or a list of them.")
+        if len(sources) != batch_size:
             raise ValueError(
-                f"`generator` is a list of {len(generator)}, but the call makes {batch_size} images: pass one for "
-                "each image, or a single generator."
+                f"`generator` is a list of {len(sources)}, but the call makes {batch_size} images: pass one for each "
+                "image, or a single generator."
             )
         if latents is not None:
             expected = self._latent_shape(batch_size, height, width)
@@ -209,25 +210,32 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 raise ValueError("`latents` must be a floating point tensor.")
             if latents.shape != expected:
                 raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but the call needs {expected}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
+        if self.vae is None and output_type == "pil" and channels not in (1, 3):
+            raise ValueError(
+                f"Images of {channels} channels have no PIL form: set `output_type` to 'pt', or give a `vae`."
+            )
 
+    def check_loop(
+        self,
+        num_inference_steps: int,
+        sigmas: Sequence[float] | None,
+        callback: Callable[..., dict[str, Any]] | None,
+        callback_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Checks steps and callback of a call; each failure is a `ValueError` of one sentence."""
         if sigmas is None:
             _check_positive_integer("num_inference_steps", num_inference_steps)
         elif not _is_sigma_grid(sigmas):
             raise ValueError("`sigmas` must be a list of decreasing numbers in (0, 1].")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}, but must be callable.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if callback is not None and not callable(callback):
+            raise ValueError(f"`callback_on_step_end` is {callback!r}, but must be callable.")
+        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {unknown[0]!r}, but may hold "
                 f"{' and '.join(map(repr, self._callback_tensor_inputs))} only."
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
-        channels = self.transformer.config.in_channels
-        if self.vae is None and output_type == "pil" and channels not in (1, 3):
-            raise ValueError(
-                f"Images of {channels} channels have no PIL form: set `output_type` to 'pt', or give a `vae`."
             )
 
     def check_guidance(
@@ -412,19 +420,8 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         height, width = self._image_size(height, width, latents)
         label_ids = self._label_ids(class_labels)
         self.check_components()
-        self.check_inputs(
-            label_ids,
-            num_images_per_prompt,
-            height,
-            width,
-            num_inference_steps,
-            sigmas,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        self.check_inputs(label_ids, num_images_per_prompt, height, width, generator, latents, output_type)
+        self.check_loop(num_inference_steps, sigmas, callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_guidance(guidance_scale, guidance_interval, guidance_channels, class_token_guidance_scale)
 
         self._guidance_scale = guidance_scale
@@ -436,10 +433,10 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self._interrupt = False
 
         device = self._execution_device
+        num_inference_steps = self._set_timesteps(num_inference_steps, sigmas, device)
         labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_prompt)
         latents = self.prepare_latents(len(labels), height, width, device, generator, latents)
         class_token = self.prepare_class_token(latents, generator)
-        num_inference_steps = self._set_timesteps(num_inference_steps, sigmas, device)
 
         latents = self._denoise(
             latents,
@@ -525,6 +522,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """The velocities of latents and class token, in the dtype of the latents."""
         copies = 2 if guided else 1
         if guided:
+            # Unconditional first, as diffusers' caches expect it.
             labels = torch.cat([torch.full_like(labels, self._null_class_label()), labels])
 
         dtype = self.transformer.dtype
@@ -550,7 +548,8 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return velocity, token_velocity
         velocity = _guide(velocity, self._guidance_scale, self._guidance_channels)
         if token_velocity is not None:
-            token_velocity = _guide(token_velocity, self._class_token_guidance_scale or 1.0)
+            scale = self._class_token_guidance_scale
+            token_velocity = _guide(token_velocity, scale) if scale > 0 else token_velocity.chunk(2)[1]
         return velocity, token_velocity
 
     def _is_guided(self, time: float) -> bool:
@@ -596,7 +595,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return self.get_label_ids(class_labels)
         if isinstance(class_labels, (list, tuple)):
             return [number for label in class_labels for number in self._label_ids(label)]
-        if isinstance(class_labels, bool) or not isinstance(class_labels, (int, np.integer)):
+        if isinstance(class_labels, bool) or not isinstance(class_labels, numbers.Integral):
             raise ValueError(
                 f"`class_labels` has {class_labels!r} of type {type(class_labels).__name__}, but must hold integers "
                 "or class names."
@@ -856,12 +855,12 @@ def _find_label_id(name: str, ids_by_name: Mapping[str, list[int]]) -> int:
 
 
 def _check_positive_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"`{name}` is {value!r}, but must be a positive integer.")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_sigma_grid(sigmas: Sequence[float]) -> bool:

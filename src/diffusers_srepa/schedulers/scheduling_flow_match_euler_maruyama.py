@@ -6,6 +6,7 @@ The file imports nothing from its package, so that a Hub repository can carry it
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +125,8 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: `num_inference_steps` is not an integer of at least 2.
         """
-        if (
-            isinstance(num_inference_steps, bool)
-            or not isinstance(num_inference_steps, int)
-            or num_inference_steps < 2
-        ):
+        is_integer = isinstance(num_inference_steps, numbers.Integral) and not isinstance(num_inference_steps, bool)
+        if not is_integer or num_inference_steps < 2:
             raise ValueError(
                 f"`num_inference_steps` is {num_inference_steps!r}, but the Euler-Maruyama grid needs an integer of "
                 "at least 2: noisy steps and one last step without noise."

@@ -12,9 +12,10 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.interpolant import get_interpolant
@@ -79,8 +80,6 @@ class Trainer:
             mixed_precision=config.training.mixed_precision,
             log_with=resolve_trackers(config.tracking.report_to),
             project_config=folders,
-            # Every buffer is a constant, the same on every rank.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         if accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
@@ -193,14 +192,7 @@ class Trainer:
     def _loop(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         config, last_step = self.config, self.config.training.max_steps
         meter = Meter(config.training.global_batch_size)
-        with tqdm(
-            total=last_step,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-        ) as progress:
+        with self._progress_bar() as progress, logging_redirect_tqdm():
             while self.step < last_step:
                 self._drop_ended_terms()
                 meter.add(self._train_step(batches))
@@ -214,6 +206,16 @@ class Trainer:
                 if self._validation_is_due(last_step):
                     self._validate()
                 meter.exclude(time.perf_counter() - started)
+
+    def _progress_bar(self) -> tqdm[Any]:
+        return tqdm(
+            total=self.config.training.max_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
 
     def _drop_ended_terms(self) -> None:
         """Let go of what only terms that have ended for good needed: tap, projector and teacher.

@@ -117,7 +117,7 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_temperature(option: str, value: float) -> None:
     """Raise `ValueError` unless `value` is a positive finite temperature."""
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{option} must be a positive temperature, but is {value!r}.")
 
 

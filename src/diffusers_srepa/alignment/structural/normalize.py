@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from diffusers_srepa.alignment.structural.tiling import chunks_of_rows
+
 
 ZERO_NORM = 1e-6
 """A token whose norm is below this counts as zero."""
@@ -60,15 +62,18 @@ def normalize_into(out: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tenso
     return torch.mul(raw, inverse, out=normalized), inverse
 
 
-def tangent_gradient_(gradient: torch.Tensor, normalized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def tangent_gradient_(gradient: torch.Tensor, normalized: torch.Tensor, scale: torch.Tensor) -> None:
     """The gradient with respect to raw tokens from the one with respect to normalised tokens, in place.
 
     For `z = x / |x|` it is `(g - z (z . g)) / |x|`; a zero token has `z = 0` and scale 0 and so gets none.
 
     Args:
-        gradient (`torch.Tensor`): g, shape `(..., D)`; overwritten by the result.
+        gradient (`torch.Tensor`): g, shape `(B, N, D)`; overwritten by the result.
         normalized (`torch.Tensor`): z, same shape.
-        scale (`torch.Tensor`): `1 / |x|` from `inverse_norms`, times any factor, shape `(..., 1)`.
+        scale (`torch.Tensor`): `1 / |x|` from `inverse_norms`, times any factor, shape `(B, N, 1)`.
     """
-    radial = torch.linalg.vecdot(gradient, normalized).unsqueeze(-1)
-    return gradient.addcmul_(normalized, radial, value=-1).mul_(scale)
+    for rows in chunks_of_rows(gradient):
+        part, direction = gradient[:, rows], normalized[:, rows]
+        # Not `vecdot`: a backward pass inside an autocast region would run it in bfloat16.
+        radial = (part * direction).sum(dim=-1, keepdim=True)
+        part.addcmul_(direction, radial, value=-1).mul_(scale[:, rows])

@@ -133,6 +133,13 @@ class ChunkPlan:
         return tokens.new_empty(self.chunk_size, self.rows_per_chunk, tokens.shape[2], dtype=dtype)
 
 
+def chunks_of_rows(tokens: torch.Tensor) -> Iterator[slice]:
+    """Slices of the rows of `(B, N, D)` small enough for element-wise work."""
+    num_samples, num_tokens, dim = tokens.shape
+    budget = CPU_TILE_ELEMENTS if tokens.device.type == "cpu" else ACCELERATOR_ELEMENTS
+    return _slices(num_tokens, max(1, budget // max(1, num_samples * dim)))
+
+
 def plan_tiles(student: torch.Tensor) -> TilePlan:
     """The walk for tokens of shape `(B, N, D)`; its tiles depend on N and the device alone."""
     num_samples, num_tokens, _ = student.shape
