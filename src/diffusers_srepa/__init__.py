@@ -37,8 +37,8 @@ _PUBLIC = {
     "TokenMap": "tokens",
     "Trainer": "training.trainer",
     "TrainingConfig": "training.config",
-    "gram_kl_loss": "alignment.objectives.gram_kl",
-    "gram_mse_loss": "alignment.objectives.gram_mse",
+    "gram_kl_loss": "alignment.structural.exact",
+    "gram_mse_loss": "alignment.structural.exact",
     "parse_training_config": "training.command_line",
     "set_up_console": "training.console",
 }
@@ -64,13 +64,13 @@ if TYPE_CHECKING:
     from diffusers_srepa.alignment.objectives.base import AlignmentObjective as AlignmentObjective
     from diffusers_srepa.alignment.objectives.cosine import CosineAlignment as CosineAlignment
     from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment as GramKLAlignment
-    from diffusers_srepa.alignment.objectives.gram_kl import gram_kl_loss as gram_kl_loss
     from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment as GramMSEAlignment
-    from diffusers_srepa.alignment.objectives.gram_mse import gram_mse_loss as gram_mse_loss
     from diffusers_srepa.alignment.projectors import ConvProjector as ConvProjector
     from diffusers_srepa.alignment.projectors import LinearProjector as LinearProjector
     from diffusers_srepa.alignment.projectors import MLPProjector as MLPProjector
     from diffusers_srepa.alignment.spatial_norm import SpatialNorm as SpatialNorm
+    from diffusers_srepa.alignment.structural.exact import gram_kl_loss as gram_kl_loss
+    from diffusers_srepa.alignment.structural.exact import gram_mse_loss as gram_mse_loss
     from diffusers_srepa.alignment.term import AlignmentTerm as AlignmentTerm
     from diffusers_srepa.alignment.term import Tap as Tap
     from diffusers_srepa.interpolant import CosineInterpolant as CosineInterpolant

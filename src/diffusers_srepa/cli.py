@@ -47,6 +47,12 @@ def _add_cache_latents(subcommands: argparse._SubParsersAction[argparse.Argument
     parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="autoencoder (folder or Hub id)")
     parser.add_argument("--vae_subfolder", help="folder of the autoencoder inside its repository")
     parser.add_argument("--vae_revision", help="revision of the autoencoder's repository")
+    parser.add_argument(
+        "--vae_dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="precision of the autoencoder, the training's latents.dtype (default: float32)",
+    )
     parser.add_argument("--resolution", type=int, default=256, help="side of the square images (default: 256)")
     parser.add_argument("--flip", action="store_true", help="also store the latents of the flipped images")
     parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
@@ -69,11 +75,14 @@ def _cache_latents(arguments: argparse.Namespace) -> None:
     from diffusers_srepa.data.datasets import load_image_dataset
     from diffusers_srepa.data.image_dataset import ImageDataset
     from diffusers_srepa.data.latent_cache import cache_latents
-    from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
+    from diffusers_srepa.latents.build import load_codec
 
     state = PartialState()
-    codec = AutoencoderKLCodec.from_pretrained(
-        arguments.vae, subfolder=arguments.vae_subfolder, revision=arguments.vae_revision
+    codec = load_codec(
+        arguments.vae,
+        subfolder=arguments.vae_subfolder,
+        revision=arguments.vae_revision,
+        dtype=getattr(torch, arguments.vae_dtype),
     )
     with state.main_process_first():
         dataset = load_image_dataset(
@@ -100,6 +109,7 @@ def _cache_latents(arguments: argparse.Namespace) -> None:
         process_index=state.process_index,
         num_processes=state.num_processes,
         device=state.device,
+        show_progress=state.is_main_process,
     )
 
 

@@ -167,6 +167,8 @@ def test_raw_token_functions_check_their_input():
             loss(tokens, tokens[:1])
         with pytest.raises(ValueError, match="at least 2"):
             loss(tokens[:, :1], tokens[:, :1])
+        with pytest.raises(ValueError, match="on cpu and teacher_tokens on meta"):
+            loss(tokens, tokens.to("meta"))
         with pytest.raises(ValueError, match="floating point"):
             loss(tokens.long(), tokens)
         with pytest.raises(ValueError, match="form"):

@@ -92,4 +92,7 @@ def train_one_rank(rank: int, folder: str) -> None:
         total_loss(wrapped(*batch), TeacherFeatures(whole.patch_tokens[share], whole.grid)).backward()
     if rank == 0:
         torch.save(gradients(student), f"{folder}/gradients.pt")
+    # The wrapper holds the process group: freed after a peer has gone, gloo now and then waits for it for ever.
+    torch.distributed.barrier()
+    del wrapped
     torch.distributed.destroy_process_group()

@@ -8,7 +8,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
-from transformers import Dinov2Config, Dinov2Model
+from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 
 CLASSES = ("cat", "dog", "newt")
@@ -38,6 +38,15 @@ def write_teacher(folder: Path) -> None:
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2
     )
     Dinov2Model(config).save_pretrained(folder)
+
+
+def write_clip(folder: Path) -> None:
+    """A two-block CLIP vision tower, wider than the DINOv2 and with another patch size."""
+    torch.manual_seed(4)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
 
 
 def write_images(folder: Path) -> None:

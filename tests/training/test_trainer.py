@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
 from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
+from tests.helpers.tiny_run import write_clip
 
 
 def _train(assets: Path, output_dir: Path, *options: str) -> Trainer:
@@ -107,7 +109,7 @@ def test_after_a_hard_stop_the_projector_rests_and_the_teacher_is_gone(assets: P
         "1",
     ]
     trainer = _train(assets, tmp_path, *options)
-    assert trainer.parts.teacher is None
+    assert trainer.parts.teachers == {}
     projectors = [_weights(tmp_path / f"checkpoint-{step}" / "projectors" / "default") for step in (1, 2, 3, 4)]
     assert not torch.equal(projectors[0]["layers.0.weight"], projectors[1]["layers.0.weight"])
     assert torch.equal(projectors[1]["layers.0.weight"], projectors[3]["layers.0.weight"])
@@ -115,7 +117,7 @@ def test_after_a_hard_stop_the_projector_rests_and_the_teacher_is_gone(assets: P
     assert [record["weight/cosine"] for record in records] == [1.0, 1.0, 0.0, 0.0]
     assert "alignment/cosine" in records[1] and "alignment/cosine" not in records[2]
     resumed = _train(assets, tmp_path, *options, "--training.max_steps", "5", "--resume_from_checkpoint", "latest")
-    assert resumed.parts.teacher is None and len(_metrics(tmp_path)) == 5
+    assert resumed.parts.teachers == {} and len(_metrics(tmp_path)) == 5
 
 
 def test_another_seed_is_another_run(assets: Path, tmp_path: Path) -> None:
@@ -163,3 +165,34 @@ def test_pixels_and_unlabelled_images_train(assets: Path, tmp_path: Path) -> Non
 def test_a_stream_trains(assets: Path, tmp_path: Path) -> None:
     _train(assets, tmp_path, "--data.streaming", "--model.num_classes", "3", "--training.max_steps", "2")
     assert len(_metrics(tmp_path)) == 2
+
+
+def test_several_teachers_depths_and_projectors_train_together(assets: Path, tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip")
+    (tmp_path / "many.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "teachers": {"clip": {"name_or_path": str(tmp_path / "clip")}},
+                "alignment": {
+                    "taps": {"late": 3, "embedding": "patch_embed"},
+                    "projectors": {"clip": {"name": "linear"}},
+                    "terms": {
+                        "clip": {
+                            "objective": "cosine",
+                            "weight": 0.5,
+                            "tap": "late",
+                            "target": "clip",
+                            "projector": "clip",
+                        },
+                    },
+                },
+            }
+        )
+    )
+    trainer = _train(assets, tmp_path / "run", "--config", str(tmp_path / "many.yaml"), "--training.max_steps", "2")
+    assert set(trainer.parts.teachers) == {"default", "clip"}
+    assert {path.name for path in (tmp_path / "run" / "projectors").iterdir()} == {"default", "clip"}
+    assert set(trainer.unwrapped.features) == {("default", "default"), ("late", "clip")}
+    record = _metrics(tmp_path / "run")[-1]
+    parts = record["flow"] + record["alignment/cosine"] + 2 * record["alignment/gram_mse"]
+    assert record["loss"] == pytest.approx(parts + 0.5 * record["alignment/clip"], rel=1e-5)

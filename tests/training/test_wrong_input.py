@@ -25,6 +25,12 @@ WRONG = {
     "depth": (["--alignment.depth", "4"], r"alignment.depth is 4, but the transformer has blocks 1 to 3"),
     "tap": (["--alignment.tap", "transformer_blocks.7"], r"transformer_blocks"),
     "teacher grid": (["--teacher.grid", "[8,8]"], r"teacher's grid is 8 x 8 tokens, the student's 4 x 4"),
+    "term's teacher": (["--alignment.terms.cosine.target", "clip"], r"names the teacher 'clip'"),
+    "term's tap": (["--alignment.terms.cosine.tap", "late"], r"names the tap 'late'"),
+    "further depth": (
+        ["--alignment.terms.cosine.tap", "late", "--alignment.taps.late", "5"],
+        r"alignment.taps.late is 5, but the transformer has blocks 1 to 3",
+    ),
     "patch size": (["--model.patch_size", "3"], r"8 x 8 cannot be cut into patches of 3"),
     "resolution": (["--data.resolution", "17"], r"data.resolution is 17, which is no multiple of 2"),
     "number of classes": (["--model.num_classes", "2"], r"labels up to 2, but model.num_classes is 2"),

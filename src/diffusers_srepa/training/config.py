@@ -94,7 +94,9 @@ class AlignmentConfig:
         preset: Method by the paper's name: sit, repa, irepa, srepa-mse, srepa-kl, structure-mse, ...
         depth: Block whose output is aligned, counted from 1; by default 4 for B, 8 for L and XL, else a third.
         tap: Dotted path of the module whose output is aligned, instead of depth.
+        taps: Further taps by name, each a depth or a dotted path; a term names its own with `tap`.
         projector: Projector from student to teacher width, {name: mlp | linear | conv, ...}.
+        projectors: Projectors by name that differ from `projector`; a term names its own with `projector`.
         target_transform: What is done to the teacher's tokens first, e.g. {name: spatial_norm, alpha: 0.6}.
         terms: Alignment terms by name, {objective: {name: ...}, weight: number or schedule}; null removes a preset's.
         class_token_weight: Weight of the class token's own flow loss (REG); null trains without a class token.
@@ -103,7 +105,9 @@ class AlignmentConfig:
     preset: str = DEFAULT_PRESET
     depth: int | None = None
     tap: str | None = None
+    taps: dict[str, Any] = field(default_factory=dict)
     projector: dict[str, Any] | None = None
+    projectors: dict[str, Any] = field(default_factory=dict)
     target_transform: dict[str, Any] | None = None
     terms: dict[str, Any] = field(default_factory=dict)
     class_token_weight: float | None = None
@@ -290,6 +294,7 @@ class TrainingConfig:
         model: The student.
         latents: The student's space.
         teacher: The frozen vision encoder.
+        teachers: Further encoders by name, each with the options of teacher; a term names its own with `target`.
         alignment: The alignment terms.
         flow: The flow-matching objective.
         data: The images.
@@ -313,6 +318,7 @@ class TrainingConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -389,8 +395,9 @@ class TrainingConfig:
         for name, probability in probabilities.items():
             if not 0 <= probability < 1:
                 raise ConfigurationError(f"{name} is {probability}, but must be at least 0 and below 1.")
-        if self.teacher.grid is not None and min(self.teacher.grid) < 1:
-            raise ConfigurationError(f"teacher.grid is {self.teacher.grid}, but both numbers must be at least 1.")
+        for name, teacher in {"teacher": self.teacher, **self.teachers}.items():
+            if teacher.grid is not None and min(teacher.grid) < 1:
+                raise ConfigurationError(f"{name}.grid is {teacher.grid}, but both numbers must be at least 1.")
 
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as plain nested dicts and lists, ready for YAML or JSON."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffusers_srepa.alignment.loss import AlignmentLoss
+from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.interpolant import Interpolant, timesteps_from_uniform
 from diffusers_srepa.latents.codec import LatentCodec
@@ -45,7 +46,7 @@ class AlignedFlowMatching:
     Args:
         student (`nn.Module`): the (wrapped) `AlignedDenoiser`.
         codec (`LatentCodec`): images to latents.
-        teacher (`Teacher`, *optional*): needed as long as a term has a teacher's target.
+        teachers (`Mapping[str, Teacher]`): by name; called as long as a term has their tokens as target.
         criterion (`AlignmentLoss`): the terms.
         interpolant (`Interpolant`): the path.
         flow (`FlowConfig`): the law of the training times.
@@ -60,7 +61,7 @@ class AlignedFlowMatching:
         self,
         student: nn.Module,
         codec: LatentCodec,
-        teacher: Teacher | None,
+        teachers: Mapping[str, Teacher],
         criterion: AlignmentLoss,
         interpolant: Interpolant,
         flow: FlowConfig,
@@ -73,7 +74,7 @@ class AlignedFlowMatching:
     ) -> None:
         self.student = student
         self.codec = codec
-        self.teacher = teacher
+        self.teachers = dict(teachers)
         self.criterion = criterion
         self.interpolant = interpolant
         self.flow = flow
@@ -123,12 +124,13 @@ class AlignedFlowMatching:
         noise = self._draw(stream, step, positions, data)
         return self.interpolant.interpolate(data, noise, t), self.interpolant.velocity(data, noise, t)
 
-    def _class_token(self, features: TeacherFeatures | None) -> torch.Tensor:
-        if features is None or features.class_token is None:
+    def _class_token(self, features: Mapping[str, TeacherFeatures]) -> torch.Tensor:
+        class_token = features[DEFAULT].class_token if DEFAULT in features else None
+        if class_token is None:
             raise ConfigurationError(
-                "alignment.class_token_weight is set, but no teacher gives a class token: choose one that does."
+                "alignment.class_token_weight is set, but the teacher gives no class token: choose one that does."
             )
-        return features.class_token
+        return class_token
 
     def _latents(
         self, batch: Mapping[str, torch.Tensor], images: torch.Tensor | None, step: int, positions: list[int]
@@ -152,10 +154,12 @@ class AlignedFlowMatching:
     def _draw(self, stream: str, step: int, positions: list[int], like: torch.Tensor) -> torch.Tensor:
         return keyed_randn(self.seed, stream, step, positions, like.shape[1:]).to(like.device)
 
-    def _teacher_features(self, images: torch.Tensor | None, step: int) -> TeacherFeatures | None:
-        # Once the last term with a teacher has ended, the teacher is not called any more.
-        needed = self.class_token_weight is not None or bool(self.criterion.teachers(step))
-        if self.teacher is None or images is None or not needed:
-            return None
+    def needed_teachers(self, step: int) -> set[str]:
+        """The teachers that a term, or the class token, still needs at `step`."""
+        return {*self.criterion.teachers(step), *([] if self.class_token_weight is None else [DEFAULT])}
+
+    def _teacher_features(self, images: torch.Tensor | None, step: int) -> dict[str, TeacherFeatures]:
+        if images is None:
+            return {}
         with self.autocast():
-            return self.teacher(images)
+            return {name: self.teachers[name](images) for name in sorted(self.needed_teachers(step))}

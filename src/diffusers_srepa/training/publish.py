@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
+from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS
 from diffusers_srepa.training import hub
 from diffusers_srepa.training.components import Components
@@ -48,7 +49,7 @@ def push(output_dir: Path, repository: str, step: int) -> None:
 def write_card(config: TrainingConfig, parts: Components, output_dir: Path, step: int, repository: str | None) -> None:
     """Write the model card of the finished pipeline, with what this run measured and nothing else."""
     transformer = parts.transformer
-    has_teacher = parts.teacher is not None
+    needs_teacher = DEFAULT in parts.criterion.teachers() or config.alignment.class_token_weight is not None
     grid = output_dir / "validation" / f"step-{step}" / "grid.png"
     taps = [tap.path for tap in parts.student.taps.values()]
     facts = ModelCardFacts(
@@ -64,7 +65,7 @@ def write_card(config: TrainingConfig, parts: Components, output_dir: Path, step
         ema_decay=config.training.ema_decay,
         precision={"no": "fp32"}.get(config.training.mixed_precision, config.training.mixed_precision),
         vae=config.latents.vae,
-        teacher=config.teacher.name_or_path if has_teacher else None,
+        teacher=config.teacher.name_or_path if needs_teacher else None,
         depth=_depth(taps),
         terms={name: term.schedule(0) for name, term in parts.criterion.terms.items()},
         init_from=config.model.init_from,

@@ -96,12 +96,12 @@ class Trainer:
         self.lr_schedule = build_lr_schedule(self.optimizer.optimizer, config.optimizer, config.training.max_steps)
         self.average = WeightAverage(self.unwrapped, config.training.ema_decay)
         parts.codec.to(device)
-        if parts.teacher is not None:
-            parts.teacher.to(device)
+        for teacher in parts.teachers.values():
+            teacher.to(device)
         self.method = AlignedFlowMatching(
             self.student,
             parts.codec,
-            parts.teacher,
+            parts.teachers,
             parts.criterion,
             get_interpolant(config.flow.path),
             config.flow,
@@ -231,8 +231,9 @@ class Trainer:
         if isinstance(self.student, DistributedDataParallel):
             self.accelerator._models.clear()
             self.student = self.method.student = self.accelerator.prepare_model(self.unwrapped)
-        if not criterion.teachers(self.step) and self.config.alignment.class_token_weight is None:
-            self.parts.teacher = self.method.teacher = None
+        needed = self.method.needed_teachers(self.step)
+        self.parts.teachers = {name: teacher for name, teacher in self.parts.teachers.items() if name in needed}
+        self.method.teachers = dict(self.parts.teachers)
         logger.info(f"step {self.step}: {len(ended)} aligned feature(s) have ended and are dropped")
 
     def _train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

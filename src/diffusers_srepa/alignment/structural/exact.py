@@ -122,7 +122,7 @@ def check_temperature(option: str, value: float) -> None:
 
 
 def check_tokens(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> None:
-    """Raise `ValueError` unless both are `(B, N, D)` tokens with the same B and the same N >= 2."""
+    """Raise `ValueError` unless both are `(B, N, D)` tokens on one device with the same B and the same N >= 2."""
     for name, tokens in (("student_tokens", student_tokens), ("teacher_tokens", teacher_tokens)):
         if tokens.ndim != 3:
             raise ValueError(f"{name} must have shape (B, N, D), but has shape {tuple(tokens.shape)}.")
@@ -132,6 +132,11 @@ def check_tokens(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> 
         raise ValueError(
             f"student_tokens {tuple(student_tokens.shape)} and teacher_tokens {tuple(teacher_tokens.shape)} must "
             "agree in batch size and number of tokens: check the teacher's grid."
+        )
+    if student_tokens.device != teacher_tokens.device:
+        raise ValueError(
+            f"student_tokens are on {student_tokens.device} and teacher_tokens on {teacher_tokens.device}: move the "
+            "teacher to the student's device."
         )
     if student_tokens.shape[1] < 2:
         raise ValueError(
