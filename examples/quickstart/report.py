@@ -21,16 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from digits import read_digits
 from PIL import Image
 from sklearn.svm import SVC
 
 from diffusers_srepa import AlignedDenoiser, AutoencoderKLCodec, SiTPipeline, Teacher, TokenMap, parse_training_config
 from diffusers_srepa.alignment.build import load_projector
+from diffusers_srepa.alignment.presets import default_depth
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.interpolant import get_interpolant
-from diffusers_srepa.training.components import resolve_tap
 from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.visualization.figures import plot_loss_curves, plot_similarity_maps, save_image_grid
 from diffusers_srepa.visualization.similarity import similarity_maps
@@ -85,9 +84,12 @@ def train_classifier(images: np.ndarray, labels: np.ndarray) -> SVC:
 def build_student(run_dir: Path, pipeline: SiTPipeline, config: TrainingConfig) -> AlignedDenoiser:
     """The trained transformer with the tap of training, giving tokens after and before the trained projector."""
     folder = run_dir / "projectors" / "default"
+    sizes = pipeline.transformer.config
+    width = sizes.num_attention_heads * sizes.attention_head_dim
+    depth = config.alignment.depth or default_depth(sizes.num_layers, width)
     return AlignedDenoiser(
         pipeline.transformer,
-        tap=resolve_tap(config, pipeline.transformer),
+        tap=config.alignment.tap or f"transformer_blocks.{depth - 1}",
         projector=load_projector(folder) if folder.is_dir() else None,
         features=[(DEFAULT, DEFAULT), (DEFAULT, None)],
     )
@@ -154,7 +156,6 @@ def report(run_dir: str | Path, data_dir: str | Path | None = None, output_dir: 
     Returns:
         The exit code: 0, or 1 if the samples are not recognised often enough.
     """
-    PartialState()  # what the package logs during training goes through accelerate, which needs to know the processes
     run_dir = Path(run_dir)
     output_dir = Path(output_dir or run_dir / "report")
     config = parse_training_config(["--config", str(run_dir / "config.yaml")])

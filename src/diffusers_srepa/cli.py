@@ -70,6 +70,7 @@ def _add_cache_latents(subcommands: argparse._SubParsersAction[argparse.Argument
 
 
 def _cache_latents(arguments: argparse.Namespace) -> None:
+    import torch
     from accelerate import PartialState
 
     from diffusers_srepa.data.datasets import load_image_dataset

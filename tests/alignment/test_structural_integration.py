@@ -140,26 +140,45 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_reduced_precision_is_off_inside_and_restored_outside(setting):
-    def state():
-        return torch.backends.cuda.matmul.allow_tf32, getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+def precision():
+    """CUDA's setting for float32 products, in the words of whichever interface this version of PyTorch has."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
+
+@pytest.fixture(params=SETTINGS)
+def precision_setting(request):
+    SETTINGS[request.param]()
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_reduced_precision_is_off_inside_and_restored_outside(precision_setting):
+    before = precision(), torch.backends.cuda.matmul.allow_tf32
+    with full_precision_products():
+        assert precision() in ("ieee", False)
+    assert (precision(), torch.backends.cuda.matmul.allow_tf32) == before
+    with pytest.raises(KeyError), full_precision_products():
+        raise KeyError
+    assert (precision(), torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_feature_form_computes_in_full_precision(monkeypatch):
+    """Both passes, watched from within by wrapping a step of each."""
+    seen = []
+    for name in ("add_upper_gram_", "tangent_gradient_"):
+        step = getattr(feature_form, name)
+        monkeypatch.setattr(
+            feature_form, name, lambda *args, name=name, step=step: (seen.append((name, precision())), step(*args))
+        )
+    student, teacher = tokens()
+    torch.set_float32_matmul_precision("high")
     try:
-        SETTINGS[setting]()
-        before = state()
-        with full_precision_products():
-            assert not torch._C._get_cublas_allow_tf32() if before[1] is None else state_inside() == "ieee"
-        assert state() == before
-        with pytest.raises(KeyError), full_precision_products():
-            raise KeyError
-        assert state() == before
+        gram_mse_loss(student.requires_grad_(), teacher, form="feature").sum().backward()
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def state_inside():
-    return torch.backends.cuda.matmul.fp32_precision
+    assert {name for name, _ in seen} == {"add_upper_gram_", "tangent_gradient_"}
+    assert all(setting in ("ieee", False) for _, setting in seen)
 
 
 @pytest.mark.gpu

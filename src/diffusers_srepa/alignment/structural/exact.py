@@ -22,11 +22,12 @@ def gram_mse_loss(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor, fo
     """Mean squared difference of the off-diagonal cosine similarities of student and teacher (sREPA Eq. 6).
 
     Computed outside autocast, in float64 if both inputs are float64 and in float32 otherwise. The teacher is detached.
-    A token with norm below 1e-6 counts as zero. All forms but `"reference"` are differentiable once.
+    A token with norm below 1e-6 counts as zero. All forms but `"reference"` are differentiable once. Float32 products
+    follow PyTorch's global setting, except in the feature form, which needs and takes full precision.
 
     Args:
         student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, any float dtype, N >= 2.
-        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)`; `D_T` may differ from `D_S`.
+        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)` on the same device; `D_T` may differ.
         form (`str`): `"auto"` takes the cheaper of `"gram"` (N x N matrices) and `"feature"` (D x D matrices);
             `"reference"` is the plain formula.
 
@@ -79,7 +80,7 @@ def gram_kl_loss(
 
     Args:
         student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, any float dtype, N >= 2.
-        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)`; `D_T` may differ from `D_S`.
+        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)` on the same device; `D_T` may differ.
         tau_teacher (`float`): temperature of the teacher's softmax, > 0.
         tau_student (`float`): temperature of the student's softmax, > 0.
         reduction (`str`): `"mean"` over tokens is Eq. 8; `"batchmean"` is the sum over tokens, N times larger, which
