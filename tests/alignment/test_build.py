@@ -1,9 +1,14 @@
 """From the literals of a configuration file to objects, and one sentence for each wrong literal."""
 
+import importlib
+import inspect
+import pkgutil
+
 import pytest
 import torch
 from torch import nn
 
+from diffusers_srepa.alignment import objectives
 from diffusers_srepa.alignment.build import (
     OBJECTIVES,
     PROJECTORS,
@@ -13,6 +18,7 @@ from diffusers_srepa.alignment.build import (
     build_terms,
     load_projector,
 )
+from diffusers_srepa.alignment.objectives.base import AlignmentObjective
 from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
 from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
 from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
@@ -31,6 +37,15 @@ def test_objectives():
     assert literal["name"] == "gram_kl"
     objective = CosineAlignment()
     assert build_objective(objective) is objective
+
+
+def test_every_objective_of_the_package_is_registered():
+    found = set()
+    for module_info in pkgutil.iter_modules(objectives.__path__):
+        module = importlib.import_module(f"{objectives.__name__}.{module_info.name}")
+        found |= {value for value in vars(module).values() if isinstance(value, type)}
+    concrete = {cls for cls in found if issubclass(cls, AlignmentObjective) and not inspect.isabstract(cls)}
+    assert concrete == set(OBJECTIVES.values()) and len(OBJECTIVES) == len(concrete)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

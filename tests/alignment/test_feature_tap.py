@@ -200,6 +200,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_leaves_nothing():
         torch.testing.assert_close(one.grad, other.grad)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_reentrant_checkpointing_is_refused_because_its_features_have_no_gradient():
     model = Stack(reentrant=True)
     tap = FeatureTap(model, "blocks.1")

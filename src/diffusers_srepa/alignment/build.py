@@ -14,9 +14,16 @@ from typing import Any
 from torch import nn
 
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
+from diffusers_srepa.alignment.objectives.cka import BatchCKAAlignment, CKAAlignment
 from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
+from diffusers_srepa.alignment.objectives.dispersive import DispersiveAlignment
+from diffusers_srepa.alignment.objectives.distance_margin import DistanceMarginAlignment
 from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
 from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
+from diffusers_srepa.alignment.objectives.layer_sync import LayerSyncAlignment
+from diffusers_srepa.alignment.objectives.positive_gram import PositiveGramAlignment
+from diffusers_srepa.alignment.objectives.rkd_distance import RKDDistanceAlignment
+from diffusers_srepa.alignment.objectives.similarity_preserving import SimilarityPreservingAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector, saved_class_name
 from diffusers_srepa.alignment.schedule import (
     Constant,
@@ -40,6 +47,14 @@ OBJECTIVES: dict[str, type[AlignmentObjective]] = {
     "cosine": CosineAlignment,
     "gram_mse": GramMSEAlignment,
     "gram_kl": GramKLAlignment,
+    "positive_gram": PositiveGramAlignment,
+    "distance_margin": DistanceMarginAlignment,
+    "rkd_distance": RKDDistanceAlignment,
+    "cka": CKAAlignment,
+    "batch_cka": BatchCKAAlignment,
+    "similarity_preserving": SimilarityPreservingAlignment,
+    "dispersive": DispersiveAlignment,
+    "layer_sync": LayerSyncAlignment,
 }
 
 PROJECTORS: dict[str, type[nn.Module]] = {

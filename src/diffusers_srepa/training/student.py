@@ -155,7 +155,6 @@ def build_projectors(
         ConfigurationError: an unknown projector, or one projector for teachers of different widths.
     """
     alignment = config.alignment
-    in_dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     projectors: dict[str, nn.Module] = {}
     for name in sorted({projector for _, projector in criterion.features() if projector is not None}):
         users = [term for term in criterion.active_terms().values() if term.projector == name]
@@ -167,7 +166,7 @@ def build_projectors(
             )
         literal = alignment.projectors.get(name, alignment.projector)
         if widths and literal is not None:
-            projectors[name] = build_projector(literal, in_dim, widths.pop())
+            projectors[name] = build_projector(literal, transformer.inner_dim, widths.pop())
     return projectors
 
 
@@ -179,8 +178,10 @@ def resolve_tap(config: TrainingConfig, name: str, transformer: SiTTransformer2D
     """
     alignment = config.alignment
     num_layers = len(transformer.transformer_blocks)
-    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    known = {DEFAULT: alignment.tap or alignment.depth or default_depth(num_layers, width), **alignment.taps}
+    known = {
+        DEFAULT: alignment.tap or alignment.depth or default_depth(num_layers, transformer.inner_dim),
+        **alignment.taps,
+    }
     if name not in known:
         raise ConfigurationError(
             f"an alignment term names the tap {name!r}, {close_matches(name, known)} (alignment.taps)."

@@ -17,9 +17,9 @@ CPU_TILE_ROWS = 128
 ACCELERATOR_TILE_ROWS = 1024
 CPU_TILE_ELEMENTS = 1 << 18
 CPU_CHUNK_ELEMENTS = 1 << 20
-ACCELERATOR_ELEMENTS = 1 << 26
+ACCELERATOR_ELEMENTS = 1 << 24
 # Width of the column blocks of a symmetric D x D product.
-GRAM_BLOCK = 256
+GRAM_BLOCK = 192
 
 
 @dataclass(frozen=True)
