@@ -447,7 +447,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         if not isinstance(timestep, torch.Tensor):
             # A sum keeps the number symbolic under torch.compile; torch.full would recompile for each value.
             timestep = torch.zeros((), dtype=torch.float32, device=device) + timestep
-        if timestep.shape not in ((), (1,), (batch_size,)):
+        # Comparisons one by one, which torch.compile can make on symbolic sizes.
+        length = timestep.shape[0] if timestep.ndim == 1 else 1
+        if timestep.ndim > 1 or (length != 1 and length != batch_size):
             raise ValueError(
                 f"timestep has shape {tuple(timestep.shape)}, but must be one number or have shape ({batch_size},), "
                 "one value per sample of hidden_states."

@@ -100,9 +100,11 @@ class RunLog:
                 self._give_up(error)
 
     def close(self) -> None:
-        """Let the trackers finish."""
-        if self._tracking_works:
+        """Let the trackers finish, and the process group with them."""
+        try:
             self.accelerator.end_training()
+        except Exception as error:
+            self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         # A tracker that cannot be reached is no reason to lose a run: the values stay in metrics.jsonl.

@@ -172,8 +172,15 @@ class Trainer:
             self._loop(self._batches())
         with self.average.applied():
             self._finish()
-        self.log.close()
+        self._end()
         return self.output_dir
+
+    def _end(self) -> None:
+        # With gloo, a DDP module that is alive when the process group goes can wait for ever for a peer that has left.
+        self.accelerator.wait_for_everyone()
+        self.student = self.method.student = self.unwrapped
+        self.accelerator.free_memory()
+        self.log.close()
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         return training_batches(
