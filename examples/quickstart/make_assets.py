@@ -29,7 +29,7 @@ from transformers import Dinov2Config, Dinov2Model
 SEED = 0
 BATCH_SIZE = 64
 VAE_STEPS = 500
-VAE_KL_WEIGHT = 1e-3
+VAE_KL_WEIGHT = 1e-2
 TEACHER_STEPS = 1000
 MASKED_FRACTION = 0.4
 
