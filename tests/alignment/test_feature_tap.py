@@ -251,3 +251,26 @@ def test_depth_counts_blocks_from_one():
             block_path(model, depth)
     with pytest.raises(ConfigurationError, match="give the tap's path"):
         block_path(nn.Linear(1, 1), 1)
+
+
+class _TwoStreams(nn.Module):
+    def forward(self, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 2 * text, 3 * image
+
+
+def test_of_two_streams_one_has_to_be_named() -> None:
+    model = nn.ModuleDict({"block": _TwoStreams()})
+    text, image = torch.ones(1, 4, 2), torch.ones(1, 4, 2)
+    with FeatureTap(model, "block:1") as tap:
+        model["block"](text, image)
+        assert torch.equal(tap.pop(), 3 * image)
+    with FeatureTap(model, "block"), pytest.raises(ConfigurationError, match="returns 2 tensors of tokens.*block:1"):
+        model["block"](text, image)
+
+
+def test_a_number_that_is_none_or_too_large_is_refused() -> None:
+    model = nn.ModuleDict({"block": _TwoStreams()})
+    with pytest.raises(ConfigurationError, match="behind the colon"):
+        FeatureTap(model, "block:last")
+    with FeatureTap(model, "block:2"), pytest.raises(ConfigurationError, match="returns 2 entries"):
+        model["block"](torch.ones(1, 4, 2), torch.ones(1, 4, 2))

@@ -36,7 +36,8 @@ class FeatureTap:
 
     Args:
         module (`nn.Module`): the model; wrappers of `torch.compile`, DDP and PEFT are looked through.
-        path (`str`): dotted path of the submodule whose output is read, for instance `"transformer_blocks.7"`.
+        path (`str`): dotted path of the submodule whose output is read, for instance `"transformer_blocks.7"`; with
+            `":1"` behind it, entry 1 of the tuple that it returns, as for blocks with a text and an image stream.
 
     Raises:
         ConfigurationError: there is no such submodule; close names or the valid range of a block list are given.
@@ -47,7 +48,8 @@ class FeatureTap:
         self._armed = False
         self._ran_with_grad = False
         self._feature: torch.Tensor | None = None
-        self._handle = find_submodule(module, path).register_forward_hook(self)
+        name, self._index = split_index(path)
+        self._handle = find_submodule(module, name).register_forward_hook(self)
 
     def __enter__(self) -> FeatureTap:
         self.arm()
@@ -100,20 +102,46 @@ class FeatureTap:
             raise ConfigurationError(
                 f"the tapped module {self.path!r} ran twice in one forward: tap a module that runs once."
             )
-        self._feature = first_tensor(output, self.path)
+        self._feature = select_tensor(output, self.path, self._index)
         self._ran_with_grad = torch.is_grad_enabled()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_armed": False, "_feature": None}
 
 
-def first_tensor(output: Any, path: str) -> torch.Tensor:
-    """The tensor that a module returns, or the first entry of the tuple that it returns.
+def split_index(path: str) -> tuple[str, int | None]:
+    """`"blocks.7:1"` as `("blocks.7", 1)`, `"blocks.7"` as `("blocks.7", None)`.
 
     Raises:
-        ConfigurationError: that is no tensor.
+        ConfigurationError: what follows the colon is no number.
     """
-    value = output[0] if isinstance(output, tuple | list) and len(output) > 0 else output
+    name, colon, index = path.partition(":")
+    if colon and not index.isdecimal():
+        raise ConfigurationError(
+            f"the tap {path!r} ends with {index!r}, but behind the colon stands the number of an entry of the output, "
+            "counted from 0."
+        )
+    return name, int(index) if colon else None
+
+
+def select_tensor(output: Any, path: str, index: int | None) -> torch.Tensor:
+    """The tensor that a module returns, or one entry of the tuple that it returns, by default the first.
+
+    Raises:
+        ConfigurationError: that is no tensor, there is no such entry, or several entries could be the tokens.
+    """
+    entries = output if isinstance(output, tuple | list) else (output,)
+    if index is not None and index >= len(entries):
+        raise ConfigurationError(
+            f"the tapped module of {path!r} returns {len(entries)} entries: change the tap's number."
+        )
+    streams = [entry for entry in entries if isinstance(entry, torch.Tensor) and entry.ndim == 3]
+    if index is None and len(streams) > 1:
+        raise ConfigurationError(
+            f"the tapped module {path!r} returns {len(streams)} tensors of tokens, such as text and image streams: "
+            f"say which one, as in '{path}:1' for the second."
+        )
+    value = entries[index or 0] if entries else None
     if not isinstance(value, torch.Tensor):
         raise ConfigurationError(
             f"the tapped module {path!r} returns a {type(value).__name__}, but must return a tensor or a tuple that "
