@@ -9,7 +9,7 @@ command line, which wins over files; `--print_config` shows the whole configurat
 
 import sys
 
-from diffusers_srepa import Trainer, parse_training_config, set_up_console
+from diffusers_srepa import ConfigurationError, DataError, Trainer, parse_training_config, set_up_console
 
 
 def main() -> None:
@@ -17,11 +17,12 @@ def main() -> None:
     config = parse_training_config()
     set_up_console()
     try:
-        trainer = Trainer(config)
-    except ValueError as error:
+        Trainer(config).train()
+    except (ConfigurationError, DataError, FloatingPointError, OSError) as error:
         # One sentence instead of a traceback: what was found, what was expected, which option to change.
         sys.exit(f"error: {error}")
-    trainer.train()
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; the checkpoints are in {config.output_dir}, go on with --resume_from_checkpoint latest")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ _PUBLIC = {
     "AlignmentObjective": "alignment.objectives.base",
     "AlignmentTerm": "alignment.term",
     "AutoencoderKLCodec": "latents.autoencoder_kl",
+    "ConfigurationError": "errors",
     "ConvProjector": "alignment.projectors",
     "CosineAlignment": "alignment.objectives.cosine",
     "CosineInterpolant": "interpolant",
+    "DataError": "errors",
     "FeatureTap": "alignment.feature_tap",
     "FlowMatchEulerMaruyamaScheduler": "schedulers.scheduling_flow_match_euler_maruyama",
     "GramKLAlignment": "alignment.objectives.gram_kl",
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from diffusers_srepa.alignment.structural.exact import gram_mse_loss as gram_mse_loss
     from diffusers_srepa.alignment.term import AlignmentTerm as AlignmentTerm
     from diffusers_srepa.alignment.term import Tap as Tap
+    from diffusers_srepa.errors import ConfigurationError as ConfigurationError
+    from diffusers_srepa.errors import DataError as DataError
     from diffusers_srepa.interpolant import CosineInterpolant as CosineInterpolant
     from diffusers_srepa.interpolant import LinearInterpolant as LinearInterpolant
     from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec as AutoencoderKLCodec

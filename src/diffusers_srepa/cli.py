@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -142,15 +142,20 @@ def _sample(arguments: argparse.Namespace) -> None:
     from diffusers_srepa.training.config import SamplingConfig, ValidationConfig
     from diffusers_srepa.training.validation import sample_images, write_validation
 
-    if arguments.images_per_class < 1:
-        raise ConfigurationError(f"--images_per_class is {arguments.images_per_class}, but must be at least 1.")
+    for name in ("images_per_class", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ConfigurationError(f"--{name} is {getattr(arguments, name)}, but must be at least 1.")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = SiTPipeline.from_pretrained(
         arguments.model, revision=arguments.revision, dtype=getattr(torch, arguments.dtype)
     ).to(device)
     num_classes = pipeline.transformer.config.num_classes
     classes = arguments.class_labels or list(range(num_classes))
-    labels = [_as_label(label) for label in classes for _ in range(arguments.images_per_class)]
+    labels = [
+        _as_label(label, pipeline.config.id2label or {})
+        for label in classes
+        for _ in range(arguments.images_per_class)
+    ]
     validation = ValidationConfig(seed=arguments.seed, batch_size=arguments.batch_size)
     sampling = SamplingConfig(
         num_inference_steps=arguments.num_inference_steps, guidance_scale=arguments.guidance_scale
@@ -160,8 +165,11 @@ def _sample(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{len(images)} images and grid.png are in {arguments.output_dir}\n")
 
 
-def _as_label(label: str | int) -> str | int:
-    return int(label) if isinstance(label, str) and label.isdigit() else label
+def _as_label(label: str | int, id2label: Mapping[str, str]) -> str | int:
+    """A class name where there is one of that name, so that a class called "10" can be asked for, else a number."""
+    if isinstance(label, int) or label in id2label.values() or not label.isdigit():
+        return label
+    return int(label)
 
 
 if __name__ == "__main__":

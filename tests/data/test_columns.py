@@ -126,9 +126,14 @@ def test_a_class_number_without_a_name_is_refused():
         read_labels(named, "label")
 
 
-@pytest.mark.parametrize(("value", "message"), [(None, "no label"), (-1, "no label"), (-3, "-3"), (5, "5")])
+@pytest.mark.parametrize(("value", "message"), [(None, "no label"), (-1, "no label"), (-3, "-3")])
 def test_labels_of_a_stream_are_checked_one_by_one(value, message):
     assert read_label(4, 5, "label") == 4
     assert read_label(400, None, "label") == 400
     with pytest.raises(DataError, match=message):
         read_label(value, 5, "label")
+
+
+def test_a_label_of_a_stream_beyond_the_model_s_classes_stops_the_run():
+    with pytest.raises(ConfigurationError, match="set model.num_classes to at least 6"):
+        read_label(5, 5, "label")

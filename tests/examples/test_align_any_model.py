@@ -97,7 +97,7 @@ def test_losses_fall_and_an_ordinary_model_is_saved(kind, script, capsys, tmp_pa
         script, capsys, "--model", kind, "--steps", "30", "--batch_size", "16", "--output_dir", str(tmp_path)
     )
     assert len(losses) == 3 and set(losses[0]) == {"flow", "cosine", "gram_mse"}
-    assert losses[-1]["flow"] < 0.8 * losses[0]["flow"]
+    assert losses[-1]["flow"] < 0.9 * losses[0]["flow"]
     assert losses[-1]["cosine"] < losses[0]["cosine"] - 0.2
     assert losses[-1]["gram_mse"] < 0.7 * losses[0]["gram_mse"]
 

@@ -60,7 +60,7 @@ def test_a_preset_lies_below_files_and_options(tmp_path: Path) -> None:
 def test_null_removes_a_term_and_another_name_replaces_a_mapping(tmp_path: Path) -> None:
     file = _write(tmp_path, "a.yaml", "alignment: {terms: {cosine: null}, projector: {name: linear}}\n")
     alignment = load_training_config([*REQUIRED, "--config", file]).alignment
-    assert list(alignment.terms) == ["gram_mse"]
+    assert alignment.terms["cosine"] is None and alignment.terms["gram_mse"]["weight"] == 2.0
     assert alignment.projector == {"name": "linear"}
 
 
@@ -78,12 +78,16 @@ def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path) -> None:
     config = load_training_config([*REQUIRED, "--alignment.preset", "irepa+srepa", "--teacher.grid", "[4,6]"])
     file = _write(tmp_path, "resolved.yaml", yaml.safe_dump(config.to_dict()))
     assert load_training_config(["--config", file]) == config
+    config = load_training_config([*REQUIRED, "--alignment.terms.cosine", "null"])
+    file = _write(tmp_path, "removed.yaml", yaml.safe_dump(config.to_dict()))
+    assert load_training_config(["--config", file]) == config
+    config = load_training_config([*REQUIRED, "--teacher.grid", "[4,6]"])
     assert config.teacher.grid == (4, 6)
 
 
 def test_printing_shows_the_resolved_whole(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        parse_training_config([*REQUIRED, "--print_config"])
+        parse_training_config(["--print_config", "--output_dir", "out"])
     assert exit_info.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["alignment"]["terms"]["gram_mse"]["weight"] == 2.0 and printed["output_dir"] == "out"
@@ -117,6 +121,13 @@ def test_help_names_every_section(capsys: pytest.CaptureFixture[str]) -> None:
         (["--teacher.grid", "[0,4]"], "teacher.grid"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read"),
         (["surplus"], "surplus"),
+        (["--training.max_step", "3"], "max_step"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--optimizer.eps", "-1"], "optimizer.eps is -1"),
+        (["--alignment.terms.cosine.weight", "--data.streaming"], "alignment.terms.cosine.weight has no value"),
+        (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "both given"),
+        (["--sampling.guidance_interval", "[0.8,0.2]"], "sampling.guidance_interval"),
+        (["--validation.class_labels", "[]"], "validation.class_labels"),
     ],
 )
 def test_wrong_options_end_in_one_sentence(

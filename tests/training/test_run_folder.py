@@ -22,7 +22,7 @@ def _config(folder: Path, **options: object) -> TrainingConfig:
 @pytest.mark.parametrize("name", ["config.yaml", "model_index.json", "checkpoint-10"])
 def test_a_folder_with_another_run_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir() if name.startswith("checkpoint") else (tmp_path / name).write_text("")
-    with pytest.raises(ConfigurationError, match=f"holds another run .{name}."):
+    with pytest.raises(ConfigurationError, match="holds another run"):
         check_output_folder(_config(tmp_path))
     check_output_folder(_config(tmp_path, resume_from_checkpoint="latest"))
     check_output_folder(_config(tmp_path, overwrite_output_dir=True))
@@ -33,6 +33,25 @@ def test_new_empty_and_foreign_folders_are_accepted(tmp_path: Path) -> None:
     check_output_folder(_config(tmp_path))
     (tmp_path / "notes.txt").write_text("mine")
     check_output_folder(_config(tmp_path))
+
+
+def test_a_user_s_own_files_are_neither_written_over_nor_deleted(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    for options in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(ConfigurationError, match="holds no run but a README.md"):
+            check_output_folder(_config(tmp_path, **options))
+    clear_output_folder(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_checkpoint_of_another_run_is_not_mixed_into_a_third(tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        (tmp_path / run / "checkpoint-3").mkdir(parents=True)
+    foreign = str(tmp_path / "one" / "checkpoint-3")
+    with pytest.raises(ConfigurationError, match="holds another run"):
+        check_output_folder(_config(tmp_path / "two", resume_from_checkpoint=foreign))
+    check_output_folder(_config(tmp_path / "one", resume_from_checkpoint=foreign))
+    check_output_folder(_config(tmp_path / "new", resume_from_checkpoint=foreign))
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

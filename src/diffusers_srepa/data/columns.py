@@ -140,13 +140,17 @@ def read_label(value: Any, num_classes: int | None, column: str) -> int:
     """The label of one row of a stream.
 
     Raises:
-        DataError: it is missing (None or -1), negative, or outside `num_classes`.
+        DataError: it is missing (None or -1) or negative.
+        ConfigurationError: it is outside `num_classes`, so the model has too few classes for this dataset.
     """
     if value is None or value == -1:
         raise DataError(f"it has no label in the column {column!r} (found {value}).")
-    if value < 0 or (num_classes is not None and value >= num_classes):
-        raise DataError(
-            f"its label {value} in the column {column!r} is not in [0, {num_classes or 'number of classes'})."
+    if value < 0:
+        raise DataError(f"its label {value} in the column {column!r} is negative.")
+    if num_classes is not None and value >= num_classes:
+        raise ConfigurationError(
+            f"the stream holds the label {value} in the column {column!r}, but the classes are 0 to {num_classes - 1}"
+            f": set model.num_classes to at least {value + 1}."
         )
     return int(value)
 

@@ -38,12 +38,14 @@ class AutoencoderKLCodec(LatentCodec):
     """A frozen `AutoencoderKL` as a codec; it encodes and decodes in its own dtype, outside autocast.
 
     Args:
-        vae (`AutoencoderKL`): put into evaluation mode and frozen, in place.
+        vae (`AutoencoderKL`): put into evaluation mode, in place, and used without gradient.
     """
 
     def __init__(self, vae: AutoencoderKL) -> None:
         model: Any = vae
-        self.vae = model.eval().requires_grad_(False)
+        # Not requires_grad_(False): CPU convolutions then take another kernel, even under no_grad, and a reloaded
+        # pipeline would decode to other last bits than the run's own validation.
+        self.vae = model.eval()
         config = model.config
         if config.latents_mean is not None or config.latents_std is not None:
             logger.warning(

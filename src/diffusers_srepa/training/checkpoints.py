@@ -52,7 +52,6 @@ class RunState:
         num_processes: Number of processes that wrote the checkpoint.
         dataset_fingerprint: Identity of the dataset's content.
         replaced_images: Unreadable images replaced so far.
-        lr_schedule: State of the learning-rate schedule.
         scaler: State of the fp16 loss scaler, empty without one.
     """
 
@@ -62,7 +61,6 @@ class RunState:
     num_processes: int
     dataset_fingerprint: str
     replaced_images: int = 0
-    lr_schedule: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -119,7 +117,8 @@ def load_checkpoint(
         ConfigurationError: the checkpoint holds another model, other projectors or another optimiser.
     """
     document = json.loads((folder / STATE_FILE).read_text())
-    document.pop("format")
+    if document.pop("format", None) != _FORMAT:
+        raise ConfigurationError(f"the checkpoint {folder} has another format than this version writes ({_FORMAT}).")
     groups = document.pop("optimizer")
     state = RunState(**document)
     try:
@@ -149,17 +148,14 @@ def load_trained_weights(folder: Path, student: AlignedDenoiser) -> None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, student: torch.nn.Module
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimiser's tensors as `<parameter name>/<key>`, and its settings by group with parameter names."""
+    """The optimiser's tensors as `<parameter name>/<key>`, and the names of its parameters by group."""
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             tensors[f"{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
-    groups = []
-    for group in optimizer.param_groups:
-        settings = {key: value for key, value in group.items() if key != "params"}
-        groups.append({**settings, "params": [names[id(parameter)] for parameter in group["params"]]})
-    return tensors, {"groups": groups}
+    groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    return tensors, {"parameters": groups}
 
 
 def load_optimizer_state(
@@ -175,19 +171,18 @@ def load_optimizer_state(
     """
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     present = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    if present != [group["params"] for group in settings["groups"]]:
+    if present != settings["parameters"]:
         raise ValueError("the saved optimiser has other parameters than this run trains.")
     order = {name: index for index, name in enumerate(name for group in present for name in group)}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")
         state.setdefault(order[name], {})[key] = tensor
-    groups = []
-    for group, names_of_group in zip(settings["groups"], present, strict=True):
-        groups.append({**group, "params": [order[name] for name in names_of_group]})
-    # JSON turned the tuple of betas into a list.
-    for group in groups:
-        group["betas"] = tuple(group["betas"])
+    # Learning rate, betas and the like are this run's: the configuration says them, and a resume compares it.
+    groups = [
+        {**group, "params": [order[name] for name in names_of_group]}
+        for group, names_of_group in zip(optimizer.param_groups, present, strict=True)
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -251,6 +246,16 @@ def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
         return
     for folder in checkpoint_folders(output_dir)[:-limit]:
         shutil.rmtree(folder)
+
+
+def set_aside_later(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, from which a resumed run goes another way, so that `latest` passes them."""
+    for folder in checkpoint_folders(output_dir):
+        if int(folder.name.removeprefix(CHECKPOINT_PREFIX)) > step:
+            aside = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            logger.warning(f"{folder.name} lies after the step that the run resumes from: it is now {aside.name}.")
 
 
 def remove_incomplete(output_dir: Path) -> None:

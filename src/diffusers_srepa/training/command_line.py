@@ -32,7 +32,8 @@ def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         print_config = "--print_config" in arguments
-        config = load_training_config([argument for argument in arguments if argument != "--print_config"])
+        arguments = [argument for argument in arguments if argument != "--print_config"]
+        config = load_training_config(arguments, validate=not print_config)
     except ConfigurationError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
@@ -42,8 +43,12 @@ def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     return config
 
 
-def load_training_config(argv: Sequence[str]) -> TrainingConfig:
-    """The configuration that command-line arguments and the YAML files they name describe, validated.
+def load_training_config(argv: Sequence[str], validate: bool = True) -> TrainingConfig:
+    """The configuration that command-line arguments and the YAML files they name describe.
+
+    Args:
+        argv (`Sequence[str]`): arguments without the program's name.
+        validate (`bool`): whether values that cannot work, and what is missing, are refused.
 
     Raises:
         ConfigurationError: an unknown key or option, a value of a wrong type, or one that cannot work.
@@ -53,11 +58,11 @@ def load_training_config(argv: Sequence[str]) -> TrainingConfig:
     merged: dict[str, Any] = {}
     for file in files:
         merged = merge(merged, read_yaml(Path(file)))
-    return resolve(merge(merged, options), parser)
+    return resolve(merge(merged, options), parser, validate)
 
 
-def resolve(values: Mapping[str, Any], parser: ArgumentParser | None = None) -> TrainingConfig:
-    """A validated `TrainingConfig` from nested plain values; what is not given comes from the preset and the defaults.
+def resolve(values: Mapping[str, Any], parser: ArgumentParser | None = None, validate: bool = True) -> TrainingConfig:
+    """A `TrainingConfig` from nested plain values; what is not given comes from the preset and the defaults.
 
     Raises:
         ConfigurationError: as `load_training_config`.
@@ -65,8 +70,6 @@ def resolve(values: Mapping[str, Any], parser: ArgumentParser | None = None) -> 
     check_keys(values)
     alignment = dict(values.get("alignment") or {})
     alignment = merge(alignment_preset(str(alignment.get("preset", DEFAULT_PRESET))), alignment)
-    terms = alignment.get("terms") or {}
-    alignment["terms"] = {name: term for name, term in terms.items() if term is not None}
     merged = {**values, "alignment": alignment}
     parser = parser or _build_parser()
     try:
@@ -75,7 +78,8 @@ def resolve(values: Mapping[str, Any], parser: ArgumentParser | None = None) -> 
     except ArgumentError as error:
         raise ConfigurationError(_one_sentence(error)) from None
     result = TrainingConfig(**{field.name: getattr(config, field.name) for field in fields(TrainingConfig)})
-    result.validate()
+    if validate:
+        result.validate()
     return result
 
 
@@ -146,6 +150,7 @@ def check_keys(values: Mapping[str, Any], target: type = TrainingConfig, prefix:
 def _build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         exit_on_error=False,
+        allow_abbrev=False,
         description="Train a SiT with representation alignment. Options may also come from YAML files (--config); "
         "options on the command line win over files.",
     )
@@ -185,7 +190,7 @@ def _take_free_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         name, equals, text = argument.removeprefix("--").partition("=")
         if not equals:
             text = next(arguments, "")
-        if not text:
+        if not text or text.startswith("--"):
             raise ConfigurationError(f"option {name} has no value: give one.")
         value = _parse_scalar(text)
         for part in reversed(name.split(".")):

@@ -63,7 +63,9 @@ def build_components(config: TrainingConfig, accelerator: Accelerator) -> Compon
         ConfigurationError, DataError: what does not exist or does not fit, naming the option to change.
     """
     alignment = config.alignment
-    criterion = AlignmentLoss(build_terms(alignment.terms, alignment.target_transform))
+    # A null term was taken out of the preset; it stays in the configuration, so that reading it again does the same.
+    terms = {name: term for name, term in alignment.terms.items() if term is not None}
+    criterion = AlignmentLoss(build_terms(terms, alignment.target_transform))
     needed = {*criterion.teachers(), *([] if alignment.class_token_weight is None else [DEFAULT])}
     codec = build_codec(config)
     student_grid = token_grid(config, codec, student_patch_size(config))
@@ -71,6 +73,9 @@ def build_components(config: TrainingConfig, accelerator: Accelerator) -> Compon
     with accelerator.main_process_first():
         dataset = build_dataset(config, codec, needs_pixels=bool(teachers))
     num_classes = resolve_num_classes(config, dataset.num_classes)
+    if isinstance(dataset, IterableDataset):
+        # A stream cannot look at all labels beforehand: it refuses one beyond the classes when it meets it.
+        dataset.num_classes = num_classes  # type: ignore[attr-defined]
     transformer = build_transformer(config, codec, num_classes, teachers.get(DEFAULT))
     for term in criterion.terms.values():
         if term.teacher is not None:

@@ -243,7 +243,7 @@ class ValidationConfig:
     """
 
     every: int = 10_000
-    class_labels: list[int | str] | None = None
+    class_labels: list[Any] | None = None
     num_images: int = 16
     batch_size: int = 16
     seed: int = 0
@@ -285,6 +285,7 @@ class TrainingConfig:
         output_dir: Folder of the finished pipeline, its checkpoints, logs and validation grids.
         seed: Seed of initialisation, data order and every random number of training.
         resume_from_checkpoint: "latest", or the path of a checkpoint folder.
+        resume_with_changes: Resume although options that shape the training differ from the checkpoint's.
         overwrite_output_dir: Start anew in an output folder that holds another run, deleting that run's files.
         expected_processes: Stop if the launcher starts another number of processes than this.
         push_to_hub: Upload the finished pipeline to the Hub.
@@ -309,6 +310,7 @@ class TrainingConfig:
     output_dir: str | None = None
     seed: int = 0
     resume_from_checkpoint: str | None = None
+    resume_with_changes: bool = False
     overwrite_output_dir: bool = False
     expected_processes: int | None = None
     push_to_hub: bool = False
@@ -349,6 +351,17 @@ class TrainingConfig:
                 "a latent cache needs rows by number, which a stream has not: unset data.streaming or "
                 "data.latent_cache."
             )
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ConfigurationError(
+                "resume_from_checkpoint and overwrite_output_dir are both given: set one of them."
+            )
+        low, high = self.sampling.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ConfigurationError(
+                f"sampling.guidance_interval is [{low}, {high}], but must be two times with 0 <= low <= high <= 1."
+            )
+        if self.validation.class_labels == []:
+            raise ConfigurationError("validation.class_labels is empty: name a class, or set validation.every to 0.")
         get_interpolant(self.flow.path)
         if self.flow.timestep_law not in TIMESTEP_LAWS:
             raise ConfigurationError(
@@ -358,6 +371,8 @@ class TrainingConfig:
 
     def _validate_numbers(self) -> None:
         at_least = {
+            "seed": (self.seed, 0),
+            "optimizer.eps": (self.optimizer.eps, 0),
             "data.resolution": (self.data.resolution, 1),
             "data.num_workers": (self.data.num_workers, 0),
             "training.max_steps": (self.training.max_steps, 1),

@@ -31,7 +31,15 @@ class WeightAverage:
 
     def update(self) -> None:
         """Move the average towards the present weights; call once after each optimiser step."""
+        # EMAModel copies parameters that need no gradient; the average of a projector that has come to rest stays.
+        resting = [
+            (shadow, shadow.clone())
+            for shadow, parameter in zip(self.average.shadow_params, self.parameters, strict=True)
+            if not parameter.requires_grad
+        ]
         self.average.step(self.parameters)
+        for shadow, before in resting:
+            shadow.copy_(before)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
@@ -32,10 +33,21 @@ def build_pipeline(
     """A pipeline around the live transformer; it samples with whatever weights the transformer has at the time."""
     return SiTPipeline(
         transformer=transformer,
-        vae=codec.vae if isinstance(codec, AutoencoderKLCodec) else None,
+        vae=_publishable_vae(codec, config),
         scheduler=build_scheduler(config),
         id2label=None if id2label is None else {str(index): name for index, name in id2label.items()},
     )
+
+
+def _publishable_vae(codec: LatentCodec, config: TrainingConfig) -> Any:
+    """The autoencoder in float32; one that encodes in half precision is loaded again, so that nothing is rounded."""
+    if not isinstance(codec, AutoencoderKLCodec):
+        return None
+    if codec.vae.dtype == torch.float32:
+        return codec.vae
+    latents = config.latents
+    full = AutoencoderKLCodec.from_pretrained(latents.vae, subfolder=latents.subfolder, revision=latents.revision)
+    return full.to(codec.vae.device).vae
 
 
 def save_finished(pipeline: SiTPipeline, student: AlignedDenoiser, output_dir: Path) -> None:

@@ -19,6 +19,7 @@ class Meter:
     def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
         self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._steps = 0
         self._paused = 0.0
         self._since = time.perf_counter()
@@ -27,6 +28,7 @@ class Meter:
         """Add the scalars of one step."""
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._steps += 1
 
     def exclude(self, seconds: float) -> None:
@@ -36,10 +38,12 @@ class Meter:
     def collect(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over steps and processes since the last call, and `images_per_second`; every rank must call."""
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name].float() for name in names]) / self._steps
+        # A term that ended within the interval has fewer values than steps.
+        means = torch.stack([self._sums[name].float() / self._counts[name] for name in names])
         means = accelerator.reduce(means, reduction="mean")
         values = dict(zip(names, means.tolist(), strict=True))
         seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
         values["images_per_second"] = self._steps * self.images_per_step / seconds
-        self._sums, self._steps, self._paused, self._since = {}, 0, 0.0, time.perf_counter()
+        self._sums, self._counts, self._steps, self._paused = {}, {}, 0, 0.0
+        self._since = time.perf_counter()
         return values

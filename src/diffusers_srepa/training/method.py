@@ -98,8 +98,10 @@ class AlignedFlowMatching:
         latents = self._latents(batch, images, step, positions)
         t = self._times(step, positions).to(latents.device)
         noisy, target = self._noise(latents, "noise", t, step, positions)
-        drop = keyed_rand(self.seed, "class_drop", step, positions) < self.class_dropout_prob
-        inputs = {"class_labels": batch["class_labels"], "class_drop_mask": drop.to(latents.device)}
+        inputs = {"class_labels": batch["class_labels"]}
+        if self.class_dropout_prob > 0:
+            drop = keyed_rand(self.seed, "class_drop", step, positions) < self.class_dropout_prob
+            inputs["class_drop_mask"] = drop.to(latents.device)
         class_token_target = None
         if self.class_token_weight is not None:
             class_token = self._class_token(features)

@@ -26,6 +26,16 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerC
     return torch.optim.AdamW(parameters, fused=fused, **options)
 
 
+def set_schedule_step(schedule: LambdaLR, step: int) -> None:
+    """Put a fresh schedule where it is after `step` optimiser steps; it is a function of the step alone."""
+    schedule.last_epoch = step
+    schedule._step_count = step + 1
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
 def build_lr_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
     """A schedule of diffusers, counted in optimiser steps whatever the number of processes.
 

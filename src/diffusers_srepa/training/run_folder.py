@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,27 +34,52 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
 
 
 def check_output_folder(config: TrainingConfig) -> None:
-    """Refuse an output folder that holds another run, before anything is written to it.
+    """Refuse an output folder that is not this run's to write to, before anything is written to it.
 
     Raises:
-        ConfigurationError: the folder is a file, or holds a run that is neither resumed nor overwritten.
+        ConfigurationError: it is a file, cannot be written to, holds another run that is neither resumed nor
+            overwritten, or holds somebody's files under names that the run would write.
     """
     folder = Path(str(config.output_dir))
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"the output folder {folder} is a file: set --output_dir to a folder.")
-    if config.resume_from_checkpoint or config.overwrite_output_dir:
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"the output folder {folder} cannot be written to: set another --output_dir.")
+    if not folder.is_dir():
         return
-    found = [name for name in (CONFIG_FILE, "model_index.json") if (folder / name).exists()]
-    found += [checkpoint.name for checkpoint in checkpoint_folders(folder)] if folder.is_dir() else []
-    if found:
+    if not holds_run(folder):
+        taken = [name for name in (*_OWN_FOLDERS, *_OWN_FILES) if (folder / name).exists()]
+        if taken:
+            raise ConfigurationError(
+                f"the output folder {folder} holds no run but a {taken[0]}, which training would write: set another "
+                "--output_dir."
+            )
+    elif not config.overwrite_output_dir and not _resumes_from_within(config, folder):
         raise ConfigurationError(
-            f"the output folder {folder} holds another run ({found[0]}): go on with it by --resume_from_checkpoint "
-            "latest, delete it by --overwrite_output_dir, or set another --output_dir."
+            f"the output folder {folder} holds another run: go on with it by --resume_from_checkpoint latest, delete "
+            "it by --overwrite_output_dir, or set another --output_dir."
         )
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run, finished or not, has been written to `folder`."""
+    names = (CONFIG_FILE, "model_index.json")
+    return any((folder / name).exists() for name in names) or bool(checkpoint_folders(folder))
+
+
+def _resumes_from_within(config: TrainingConfig, folder: Path) -> bool:
+    # A checkpoint of another run may start a new folder, never be mixed into a third run's.
+    wanted = config.resume_from_checkpoint
+    if not wanted:
+        return False
+    return wanted == "latest" or not Path(wanted).is_dir() or folder.resolve() in Path(wanted).resolve().parents
+
+
 def clear_output_folder(folder: Path) -> None:
-    """Delete what an earlier run left in `folder`; files that are not a run's stay."""
+    """Delete what an earlier run left in `folder`; other files stay, and all of them if there was no run."""
+    if not folder.is_dir() or not holds_run(folder):
+        return
     for checkpoint in checkpoint_folders(folder):
         shutil.rmtree(checkpoint)
     for name in _OWN_FOLDERS:

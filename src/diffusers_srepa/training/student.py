@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
@@ -22,6 +25,8 @@ from diffusers_srepa.training.config import TrainingConfig
 
 
 logger = get_logger(__name__)
+
+_SIZES = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "qk_norm")
 
 
 def student_patch_size(config: TrainingConfig) -> int:
@@ -73,10 +78,10 @@ def build_transformer(
             "in_channels": codec.latent_channels,
             "num_classes": num_classes,
             "class_token_dim": class_token_dim,
+            "sample_size": config.data.resolution // codec.downsample_factor,
         }
-        return _load_transformer(model.init_from, required)
-    sizes = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "qk_norm")
-    overrides = {name: getattr(model, name) for name in sizes if getattr(model, name) is not None}
+        return _load_transformer(config, required)
+    overrides = {name: getattr(model, name) for name in _SIZES if getattr(model, name) is not None}
     try:
         return SiTTransformer2DModel.from_preset(
             model.preset,
@@ -93,26 +98,59 @@ def build_transformer(
 
 def _read_transformer_config(source: str) -> dict[str, Any]:
     try:
-        return dict(SiTTransformer2DModel.load_config(source, subfolder="transformer"))
+        config = dict(SiTTransformer2DModel.load_config(source, subfolder="transformer"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"model.init_from {source} holds no SiT transformer: {reason}") from None
+    if config.get("_class_name") != SiTTransformer2DModel.__name__:
+        raise ConfigurationError(
+            f"model.init_from {source} holds a {config.get('_class_name')}, not a SiT transformer."
+        )
+    return config
 
 
-def _load_transformer(source: str, required: dict[str, int | None]) -> SiTTransformer2DModel:
+def _load_transformer(config: TrainingConfig, required: dict[str, int | None]) -> SiTTransformer2DModel:
+    """The transformer of `model.init_from`, with the native size of this run's latents."""
+    source = str(config.model.init_from)
+    saved = _read_transformer_config(source)
+    wanted = {name: getattr(config.model, name) for name in _SIZES if getattr(config.model, name) is not None}
+    for name, value in {**required, **wanted}.items():
+        if name != "sample_size" and saved.get(name) != value:
+            raise ConfigurationError(
+                f"the transformer of model.init_from {source} has {name} {saved.get(name)}, but this run needs {value}"
+                ": change model.init_from, the option model or alignment.preset, the dataset or latents.vae."
+            )
     try:
-        transformer = SiTTransformer2DModel.from_pretrained(source, subfolder="transformer")
+        loaded = SiTTransformer2DModel.from_pretrained(source, subfolder="transformer")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"the transformer of model.init_from {source} cannot be loaded: {reason}") from None
-    for name, value in required.items():
-        found = transformer.config.get(name)
-        if found != value:
-            raise ConfigurationError(
-                f"the transformer of model.init_from {source} has {name} {found}, but this run needs {value}: "
-                "change model.init_from, model.num_classes, alignment.preset, the dataset or latents.vae."
-            )
-    return transformer
+    if saved.get("sample_size") == required["sample_size"]:
+        return loaded
+    # Another resolution has another native grid; all weights are the same, only the table of positions differs.
+    resized = SiTTransformer2DModel.from_config({**saved, "sample_size": required["sample_size"]})
+    weights = {name: value for name, value in loaded.state_dict().items() if name != "pos_embed"}
+    resized.load_state_dict(weights, strict=False)
+    return resized
+
+
+def _check_compiler() -> None:
+    """Refuse `model.compile` where only a C++ compiler could do it and there is none.
+
+    Raises:
+        ConfigurationError: no GPU and no compiler.
+    """
+    if not torch.cuda.is_available() and not any(shutil.which(name) for name in ("g++", "clang++", "icpx", "cl")):
+        raise ConfigurationError(
+            "model.compile needs a C++ compiler on the CPU, and none was found: install one, or unset model.compile."
+        )
+
+
+def _projector_folder(source: str) -> Path:
+    """The folder of projectors of a pipeline, fetched if the pipeline is on the Hub; it may not exist."""
+    if Path(source).is_dir():
+        return Path(source) / "projectors"
+    return Path(snapshot_download(source, allow_patterns=["projectors/*"])) / "projectors"
 
 
 def build_student(
@@ -126,6 +164,8 @@ def build_student(
     Raises:
         ConfigurationError: a depth outside the blocks, an unknown tap or projector, or one projector for two widths.
     """
+    if config.model.compile:
+        _check_compiler()
     if config.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     features = criterion.features()
@@ -134,10 +174,11 @@ def build_student(
     taps = {name: resolve_tap(config, name, transformer) for name in sorted({tap for tap, _ in features})}
     projectors = build_projectors(config, transformer, teachers, criterion)
     student = AlignedDenoiser(transformer, taps, projectors or None, features)
-    saved = None if config.model.init_from is None else Path(config.model.init_from) / "projectors"
-    if saved is not None and projectors and saved.is_dir():
-        student.load_projectors(saved)
-        logger.info(f"projectors continue from {saved}")
+    if config.model.init_from is not None and projectors:
+        saved = _projector_folder(config.model.init_from)
+        if saved.is_dir():
+            student.load_projectors(saved)
+            logger.info(f"projectors continue from {saved}")
     return student
 
 

@@ -12,26 +12,29 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.errors import ConfigurationError, DataError
 from diffusers_srepa.interpolant import get_interpolant
 from diffusers_srepa.training import checkpoints, export, publish, validation
 from diffusers_srepa.training.batches import training_batches
 from diffusers_srepa.training.checkpoints import RunState
+from diffusers_srepa.training.compare import check_same_options
 from diffusers_srepa.training.components import build_components
 from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.ema import WeightAverage, warn_if_average_is_young
 from diffusers_srepa.training.launch import check_environment, check_processes, micro_batch_size
 from diffusers_srepa.training.meter import Meter
 from diffusers_srepa.training.method import AlignedFlowMatching
-from diffusers_srepa.training.optimization import build_lr_schedule, build_optimizer
+from diffusers_srepa.training.optimization import build_lr_schedule, build_optimizer, set_schedule_step
 from diffusers_srepa.training.run_folder import (
     METRICS_FILE,
     check_output_folder,
+    checkpoint_folders,
     clear_output_folder,
     truncate_metrics,
     write_config,
@@ -76,11 +79,19 @@ class Trainer:
     def _build_accelerator(self) -> Accelerator:
         config = self.config
         folders = ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs"))
+        # Accelerate keeps the precision of the first run in a process for all later ones.
+        shared = AcceleratorState._shared_state
+        if shared and shared.get("_mixed_precision") != config.training.mixed_precision:
+            AcceleratorState._reset_state()
         accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision,
             log_with=resolve_trackers(config.tracking.report_to),
             project_config=folders,
         )
+        if accelerator.device.type == "cpu" and config.training.mixed_precision == "fp16":
+            raise ConfigurationError(
+                "training.mixed_precision is fp16, which needs an accelerator: set it to bf16 or no on the CPU."
+            )
         if accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
             torch.backends.cudnn.allow_tf32 = config.training.allow_tf32
@@ -116,7 +127,8 @@ class Trainer:
         parts, transformer = self.parts, self.parts.transformer
         self.pipeline = export.build_pipeline(transformer, parts.codec, parts.id2label, self.config)
         self.validation_labels = validation.validation_labels(self.config.validation, transformer.config.num_classes)
-        # A class name or number that does not exist is found now, not at the first grid.
+        # What could not be sampled is found now, not at the first grid.
+        validation.check_sampling(self.pipeline, self.config.sampling)
         validation.check_labels(self.pipeline, self.validation_labels)
 
     def _prepare_folder(self) -> None:
@@ -128,6 +140,7 @@ class Trainer:
         if main:
             write_config(config, self.output_dir)
             checkpoints.remove_incomplete(self.output_dir)
+            checkpoints.set_aside_later(self.output_dir, self.step)
             truncate_metrics(self.output_dir / METRICS_FILE, self.step)
         self.accelerator.wait_for_everyone()
         self.log = RunLog(self.accelerator, config)
@@ -137,12 +150,20 @@ class Trainer:
         if folder is None:
             logger.warning(f"there is no checkpoint in {self.output_dir} yet: the run starts from the beginning.")
             return
+        check_same_options(folder, self.config)
         state = checkpoints.load_checkpoint(folder, self.unwrapped, self.average, self.optimizer.optimizer)
         self._check_same_run(folder, state)
-        self.lr_schedule.load_state_dict(state.lr_schedule)
+        if state.step > self.config.training.max_steps:
+            raise ConfigurationError(
+                f"the checkpoint {folder} is at step {state.step}, but training.max_steps is "
+                f"{self.config.training.max_steps}: raise it, or resume from an earlier checkpoint."
+            )
+        set_schedule_step(self.lr_schedule, state.step)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        self.step, self.replaced_images = state.step, state.replaced_images
+        self.step = state.step
+        # The saved number counts all processes, as the sum over processes does.
+        self.replaced_images = state.replaced_images if self.accelerator.is_main_process else 0
         logger.info(f"resumed from {folder} at step {self.step}")
 
     def _check_same_run(self, folder: Path, state: RunState) -> None:
@@ -202,15 +223,17 @@ class Trainer:
         with self._progress_bar() as progress, logging_redirect_tqdm():
             while self.step < last_step:
                 self._drop_ended_terms()
-                meter.add(self._train_step(batches))
+                values = self._train_step(batches)
+                meter.add(values)
                 self.step += 1
                 progress.update()
                 if self.step % config.training.log_every == 0 or self.step == last_step:
                     self._log(meter, progress)
+                self._check_finite(values)
                 started = time.perf_counter()
-                if self.step % config.checkpoints.every == 0 or self.step == last_step:
+                if self._is_due(config.checkpoints.every):
                     self._save_checkpoint()
-                if self._validation_is_due(last_step):
+                if self._is_due(config.validation.every):
                     self._validate()
                 meter.exclude(time.perf_counter() - started)
 
@@ -249,7 +272,7 @@ class Trainer:
         num_micro_batches = share // self.micro_batch_size
         sums: dict[str, torch.Tensor] = {}
         for index in range(num_micro_batches):
-            batch = self._to_device(next(batches))
+            batch = self._to_device(_next_batch(batches))
             with self._gradients_travel(index == num_micro_batches - 1):
                 output = self.method(batch, self.step)
                 self.accelerator.backward(output.loss / num_micro_batches)
@@ -257,6 +280,20 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value / num_micro_batches
         self._optimizer_step()
         return sums
+
+    def _check_finite(self, values: dict[str, torch.Tensor]) -> None:
+        """Stop before a loss that is not a number gets into a checkpoint; looked at when one or a log line is due."""
+        due = self.step % self.config.training.log_every == 0 or self._is_due(self.config.checkpoints.every)
+        if not due or bool(torch.isfinite(values["loss"])):
+            return
+        saved = checkpoint_folders(self.output_dir)
+        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"the loss at step {self.step} is {float(values['loss'])}; {last}: lower optimizer.lr, or check the data."
+        )
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.config.training.max_steps)
 
     def _gradients_travel(self, last: bool) -> AbstractContextManager[Any]:
         # Between processes once per optimiser step, with the last micro-batch.
@@ -283,10 +320,11 @@ class Trainer:
     def _announce(self) -> None:
         config, parts = self.config, self.parts
         transformer = parts.transformer
+        precision = config.training.mixed_precision.replace("no", "full")
         logger.info(
             f"training {config.model.preset} ({transformer.num_parameters():,} parameters) with "
             f"{config.alignment.preset}: {config.training.max_steps} steps of {config.training.global_batch_size} "
-            f"images on {self.accelerator.num_processes} process(es), {config.training.mixed_precision} precision"
+            f"images on {self.accelerator.num_processes} process(es), {precision} precision"
         )
         weights = ", ".join(parts.criterion.terms) or "none"
         logger.info(f"alignment terms: {weights}; token grid {parts.student_grid[0]} x {parts.student_grid[1]}")
@@ -297,12 +335,17 @@ class Trainer:
         values["lr"] = float(self.lr_schedule.get_last_lr()[0])
         terms = self.parts.criterion.terms
         values |= {f"weight/{name}": term.schedule(self.step - 1) for name, term in terms.items()}
-        replaced = torch.tensor(self.replaced_images, device=self.accelerator.device)
-        values["replaced_images"] = float(self.accelerator.reduce(replaced, reduction="sum"))
+        values["replaced_images"] = float(self._count_replaced())
         progress.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_second']:.1f} img/s")
         self.log.log(values, self.step)
 
+    def _count_replaced(self) -> int:
+        """Unreadable images replaced so far by all processes."""
+        replaced = torch.tensor(self.replaced_images, device=self.accelerator.device)
+        return int(self.accelerator.reduce(replaced, reduction="sum"))
+
     def _save_checkpoint(self) -> None:
+        replaced_images = self._count_replaced()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = RunState(
@@ -311,8 +354,7 @@ class Trainer:
                 global_batch_size=self.config.training.global_batch_size,
                 num_processes=self.accelerator.num_processes,
                 dataset_fingerprint=self.parts.dataset.fingerprint,
-                replaced_images=self.replaced_images,
-                lr_schedule=self.lr_schedule.state_dict(),
+                replaced_images=replaced_images,
                 scaler=scaler.state_dict() if scaler is not None else {},
             )
             config_text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
@@ -322,10 +364,6 @@ class Trainer:
             checkpoints.prune_checkpoints(self.output_dir, self.config.checkpoints.total_limit)
             logger.info(f"saved {folder}")
         self.accelerator.wait_for_everyone()
-
-    def _validation_is_due(self, last_step: int) -> bool:
-        every = self.config.validation.every
-        return every > 0 and (self.step % every == 0 or self.step == last_step)
 
     def _validate(self) -> None:
         if self.accelerator.is_main_process:
@@ -351,3 +389,13 @@ class Trainer:
         logger.info(f"the finished pipeline is in {self.output_dir}")
         if self.repository is not None:
             publish.push(self.output_dir, self.repository, self.step)
+
+
+def _next_batch(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    try:
+        return next(batches)
+    except DataError as error:
+        # A loader process wraps its error in a traceback; the last line is the sentence.
+        raise DataError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+        ) from None

@@ -23,6 +23,20 @@ def validation_labels(config: ValidationConfig, num_classes: int) -> list[int | 
     return [index % num_classes for index in range(config.num_images)]
 
 
+def check_sampling(pipeline: SiTPipeline, sampling: SamplingConfig) -> None:
+    """Refuse settings with which the pipeline could not sample.
+
+    Raises:
+        ConfigurationError: steps or guidance that scheduler or transformer cannot do.
+    """
+    try:
+        pipeline.check_components()
+        pipeline.check_guidance(sampling.guidance_scale, sampling.guidance_interval, None, 0.0)
+        type(pipeline.scheduler).from_config(pipeline.scheduler.config).set_timesteps(sampling.num_inference_steps)
+    except ValueError as error:
+        raise ConfigurationError(f"section sampling cannot be used: {error}") from None
+
+
 def check_labels(pipeline: SiTPipeline, labels: Sequence[int | str]) -> None:
     """Refuse classes that the pipeline does not have.
 
@@ -55,7 +69,7 @@ def sample_images(
             class_labels=chosen,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
-            guidance_interval=tuple(sampling.guidance_interval),
+            guidance_interval=sampling.guidance_interval,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         )
         images += output.images

@@ -10,7 +10,7 @@ from diffusers_srepa.alignment.structural.feature_form import feature_form_mse
 from diffusers_srepa.alignment.structural.gram_form import gram_form_mse
 from diffusers_srepa.alignment.structural.normalize import compute_dtype
 from diffusers_srepa.alignment.structural.reference import reference_gram_kl, reference_gram_mse
-from diffusers_srepa.alignment.structural.tiled_kl import tiled_gram_kl
+from diffusers_srepa.alignment.structural.tiled_kl import LOWEST_TILED_TEMPERATURE, tiled_gram_kl
 
 
 MSE_FORMS = ("auto", "gram", "feature", "reference")
@@ -85,14 +85,15 @@ def gram_kl_loss(
         tau_student (`float`): temperature of the student's softmax, > 0.
         reduction (`str`): `"mean"` over tokens is Eq. 8; `"batchmean"` is the sum over tokens, N times larger, which
             Algorithm 1 computes when taken literally.
-        form (`str`): `"auto"` and `"tiled"` never build an N x N matrix; `"reference"` is the plain formula.
+        form (`str`): `"tiled"` never builds an N x N matrix and takes temperatures from 1/300; `"reference"` is the
+            plain formula, at any temperature; `"auto"` is tiled where it can be.
 
     Returns:
         `torch.Tensor`: one value per sample, shape `(B,)`.
 
     Raises:
-        ValueError: the shapes do not fit, there are fewer than two tokens, a temperature is not positive, or `form` or
-            `reduction` is unknown.
+        ValueError: the shapes do not fit, there are fewer than two tokens, a temperature is not positive or too low
+            for the form, or `form` or `reduction` is unknown.
     """
     check_choice("form", form, KL_FORMS)
     check_choice("reduction", reduction, KL_REDUCTIONS)
@@ -101,6 +102,8 @@ def gram_kl_loss(
     check_tokens(student_tokens, teacher_tokens)
     teacher_tokens = teacher_tokens.detach()
     tau_teacher, tau_student = float(tau_teacher), float(tau_student)
+    if form == "auto":
+        form = "tiled" if min(tau_teacher, tau_student) >= LOWEST_TILED_TEMPERATURE else "reference"
     with torch.autocast(device_type=student_tokens.device.type, enabled=False):
         if form == "reference":
             dtype = compute_dtype(student_tokens, teacher_tokens)

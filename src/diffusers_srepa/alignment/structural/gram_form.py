@@ -41,14 +41,15 @@ def _forward(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor
     dtype = compute_dtype(student, teacher)
     plan = plan_tiles(student)
     losses = student.new_zeros(num_samples, dtype=dtype)
-    differences = student.new_empty(num_samples, plan.packed_size, dtype=dtype)
+    differences = student.new_empty(num_samples * plan.packed_size, dtype=dtype)
     student_memory = student.new_empty(plan.chunk_size, num_tokens, student.shape[2], dtype=dtype)
     teacher_memory = student.new_empty(plan.chunk_size, num_tokens, teacher.shape[2], dtype=dtype)
     for chunk in plan.chunks():
         z_student, _ = normalize_into(student_memory, student[chunk])
         z_teacher, _ = normalize_into(teacher_memory, teacher[chunk])
+        packed = plan.of_chunk(differences, chunk)
         for tile in plan.tiles():
-            block = tile.of_packed(differences[chunk])
+            block = tile.of_packed(packed, len(z_student))
             block.baddbmm_(z_teacher[:, tile.rows], z_teacher[:, tile.columns].transpose(1, 2), beta=0)
             block.baddbmm_(z_student[:, tile.rows], z_student[:, tile.columns].transpose(1, 2), alpha=-1)
             # Exact also where a zero token makes only one of the two diagonals differ from 1.
@@ -60,24 +61,25 @@ def _forward(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor
 
 @_forward.register_fake
 def _(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    num_samples, num_tokens, _ = student.shape
+    num_samples = student.shape[0]
     dtype = compute_dtype(student, teacher)
-    packed_size = plan_tiles(student).packed_size
-    return student.new_empty(num_samples, dtype=dtype), student.new_empty(num_samples, packed_size, dtype=dtype)
+    packed_size = num_samples * plan_tiles(student).packed_size
+    return student.new_empty(num_samples, dtype=dtype), student.new_empty(packed_size, dtype=dtype)
 
 
 @torch.library.custom_op("diffusers_srepa::gram_form_mse_backward", mutates_args=())
 def _backward(grad_losses: torch.Tensor, student: torch.Tensor, differences: torch.Tensor) -> torch.Tensor:
     """The gradient of the losses, weighted by `grad_losses`, with respect to the raw student tokens."""
-    num_samples, num_tokens, _ = student.shape
+    num_tokens = student.shape[1]
     plan = plan_tiles(student)
     gradient = torch.empty(student.shape, dtype=differences.dtype, device=student.device)
     factors = (grad_losses * (-4 / (num_tokens * (num_tokens - 1)))).view(-1, 1, 1)
     memory = gradient.new_empty(plan.chunk_size, num_tokens, student.shape[2])
     for chunk in plan.chunks():
         z_student, inverse = normalize_into(memory, student[chunk])
+        packed = plan.of_chunk(differences, chunk)
         for tile in plan.tiles():
-            add_symmetric_product_(gradient[chunk], tile.of_packed(differences[chunk]), z_student, tile)
+            add_symmetric_product_(gradient[chunk], tile.of_packed(packed, len(z_student)), z_student, tile)
         tangent_gradient_(gradient[chunk], z_student, inverse * factors[chunk])
     return gradient.to(student.dtype)
 

@@ -13,10 +13,10 @@ import torch
 
 
 # What is worked on at a time should stay in the caches of a CPU; an accelerator wants few, large products instead.
-CPU_TILE_ROWS = 128
+CPU_TILE_ROWS = 256
 ACCELERATOR_TILE_ROWS = 1024
-CPU_TILE_ELEMENTS = 1 << 18
-CPU_CHUNK_ELEMENTS = 1 << 20
+CPU_TILE_ELEMENTS = 1 << 20
+CPU_CHUNK_ELEMENTS = 1 << 21
 ACCELERATOR_ELEMENTS = 1 << 24
 # Width of the column blocks of a symmetric D x D product.
 GRAM_BLOCK = 192
@@ -24,7 +24,7 @@ GRAM_BLOCK = 192
 
 @dataclass(frozen=True)
 class RowTile:
-    """Rows `[start, stop)` against columns `[start, num_tokens)`, at `offset` in a packed buffer."""
+    """Rows `[start, stop)` against columns `[start, num_tokens)`; `offset` elements of a sample are in tiles before."""
 
     start: int
     stop: int
@@ -51,13 +51,14 @@ class RowTile:
         """Number of elements of the tile."""
         return self.num_rows * (self.num_tokens - self.start)
 
-    def of_packed(self, packed: torch.Tensor) -> torch.Tensor:
-        """This tile of a packed buffer `(B, packed_size)` as `(B, num_rows, num_tokens - start)`."""
-        return packed[:, self.offset : self.offset + self.size].unflatten(1, (self.num_rows, -1))
-
     def of_scratch(self, scratch: torch.Tensor, num_samples: int) -> torch.Tensor:
-        """Memory for this tile in a flat scratch tensor, as `(num_samples, num_rows, num_tokens - start)`."""
+        """Memory for this tile at the start of a flat tensor, as `(num_samples, num_rows, num_tokens - start)`."""
         return scratch[: num_samples * self.size].view(num_samples, self.num_rows, -1)
+
+    def of_packed(self, packed: torch.Tensor, num_samples: int) -> torch.Tensor:
+        """This tile of a flat tensor that holds all tiles of a chunk one after another; contiguous, as products are
+        fastest."""
+        return self.of_scratch(packed[num_samples * self.offset :], num_samples)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,10 @@ class TilePlan:
             tile = RowTile(rows.start, rows.stop, self.num_tokens, offset)
             offset += tile.size
             yield tile
+
+    def of_chunk(self, packed: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """The part of a flat tensor of `num_samples * packed_size` elements that holds the tiles of `chunk`."""
+        return packed[chunk.start * self.packed_size : chunk.stop * self.packed_size]
 
     @property
     def chunk_size(self) -> int:
