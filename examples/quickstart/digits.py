@@ -4,10 +4,11 @@ The digits come with scikit-learn (`sklearn.datasets.load_digits`: scans of 8 x 
 "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository), so nothing
 is downloaded. Here they become images of 32 x 32 pixels, white on black, with the class names zero to nine.
 
-    python examples/quickstart/digits.py runs/quickstart/data
+    python examples/quickstart/digits.py examples/quickstart/data
 
-writes `data/train-00000-of-00001.parquet` (1,497 digits) and `data/test-00000-of-00001.parquet` (300 held-out
-digits) below that folder, which `datasets.load_dataset(folder)` reads as the splits `train` and `test`.
+wrote the copy that is shipped: `data/train-00000-of-00001.parquet` (1,497 digits) and
+`data/test-00000-of-00001.parquet` (300 held-out digits) below that folder, which `datasets.load_dataset(folder)` reads
+as the splits `train` and `test`.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def read_digits(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits as an image dataset.")
-    parser.add_argument("folder", help="where the dataset goes, for instance runs/quickstart/data")
+    parser.add_argument("folder", help="where the dataset goes, for instance examples/quickstart/data")
     folder = write_digits(parser.parse_args().folder)
     print(f"The digits are in {folder}: 1,497 for training, {NUM_HELD_OUT} held out.")
 

@@ -182,7 +182,7 @@ def report(run_dir: str | Path, data_dir: str | Path | None = None, output_dir: 
             output_dir / "similarity_maps.png",
         ),
     ]
-    print_findings(run_dir, pictures, on_real, on_samples, len(samples))
+    print_findings(run_dir, config, pictures, on_real, on_samples)
     if on_samples < WANTED_ACCURACY:
         print(
             f"error: the classifier recognises {on_samples:.1%} of the samples, but at least {WANTED_ACCURACY:.0%} "
@@ -194,13 +194,14 @@ def report(run_dir: str | Path, data_dir: str | Path | None = None, output_dir: 
 
 
 def print_findings(
-    run_dir: Path, pictures: Sequence[Path], on_real: float, on_samples: float, num_samples: int
+    run_dir: Path, config: TrainingConfig, pictures: Sequence[Path], on_real: float, on_samples: float
 ) -> None:
     samples, curves, maps = pictures
+    guidance, num_steps = config.sampling.guidance_scale, config.sampling.num_inference_steps
     print(f"""
 A classifier that was trained on real digits alone recognises
     {on_real:6.1%} of the held-out real digits
-    {on_samples:6.1%} of the {num_samples} samples
+    {on_samples:6.1%} of the samples
 
 Look at
     {samples}  (a row per class)
@@ -210,7 +211,8 @@ Look at
 Load the model and sample:
     from diffusers_srepa import SiTPipeline
     pipe = SiTPipeline.from_pretrained("{run_dir}")
-    pipe(class_labels=["seven"], guidance_scale=2.0, num_inference_steps=50).images[0].save("seven.png")
+    images = pipe(class_labels=["seven"], guidance_scale={guidance}, num_inference_steps={num_steps}).images
+    images[0].save("seven.png")
 
 Train another method, or longer:
     python examples/train_srepa.py --config examples/configs/quickstart.yaml \\

@@ -65,6 +65,14 @@ def test_read_digits(digits_folder: Path):
     assert images.shape == (300, 32, 32, 3)
 
 
+def test_shipped_copy_is_what_the_script_draws(quickstart: Path):
+    for split in ("train", "test"):
+        images, labels = read_digits(quickstart / "data", split)
+        expected, expected_labels = load_digit_split(split)
+        np.testing.assert_array_equal(images, np.repeat(expected[..., None], 3, axis=-1))
+        np.testing.assert_array_equal(labels, expected_labels)
+
+
 def test_writing_twice_changes_nothing_and_repairs(tmp_path: Path):
     write_digits(tmp_path)
     train, test = split_file(tmp_path, "train"), split_file(tmp_path, "test")

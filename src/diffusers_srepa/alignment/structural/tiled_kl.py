@@ -2,7 +2,7 @@
 
 With the logits `l = S / tau` off the diagonal and the row sums `q_i = sum_j exp l_ij`, the divergence of row i is
 `sum_j exp(l^T_ij) (l^T_ij - l^S_ij) / q^T_i - log q^T_i + log q^S_i`. Its gradient with respect to the student's
-similarities is `G = (P^S - P^T) / tau_s` with `P_ij = exp(l_ij) / q_i`, and with respect to the normalised tokens it is
+similarities is `G = (P^S - P^T) / tau_s` with `P_ij = exp(l_ij) / q_i`, and that to the normalised tokens is
 `(G + G') Z_S`: a symmetric matrix, `exp(l_ij) (1 / q_i + 1 / q_j)` of the student minus that of the teacher, times the
 tokens. So both passes walk the upper tiles alone. The forward pass keeps q^T and q^S; the backward pass computes the
 tiles again.

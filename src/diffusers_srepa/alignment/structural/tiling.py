@@ -24,7 +24,7 @@ GRAM_BLOCK = 192
 
 @dataclass(frozen=True)
 class RowTile:
-    """Rows `[start, stop)` against columns `[start, num_tokens)`; `offset` elements of a sample are in tiles before."""
+    """Rows `[start, stop)` against columns `[start, num_tokens)`; `offset` elements of a sample come before it."""
 
     start: int
     stop: int
