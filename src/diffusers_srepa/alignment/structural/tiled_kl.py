@@ -111,16 +111,17 @@ def _backward(
     factors = (grad_losses / (num_tokens * tau_student)).view(-1, 1, 1)
     student_memory = gradient.new_empty(plan.chunk_size, num_tokens, student.shape[2])
     teacher_memory = gradient.new_empty(plan.chunk_size, num_tokens, teacher.shape[2])
-    scratch = gradient.new_empty(3, plan.tile_size)
+    scratch = gradient.new_empty(2, plan.tile_size)
     shares = row_sums.reciprocal()
     for chunk in plan.chunks():
         z_student, inverse = normalize_into(student_memory, student[chunk])
         z_teacher, _ = normalize_into(teacher_memory, teacher[chunk])
         for tile in plan.tiles():
-            block = _logits(scratch[0], z_student, tile, tau_student).exp_()
-            block *= _sums_of_pairs(scratch[2], shares[1, chunk], tile)
-            teacher_block = _logits(scratch[1], z_teacher, tile, tau_teacher).exp_()
-            block -= teacher_block.mul_(_sums_of_pairs(scratch[2], shares[0, chunk], tile))
+            block = tile.of_scratch(scratch[1], len(z_student)).zero_()
+            exponentials = _logits(scratch[0], z_student, tile, tau_student).exp_()
+            _add_probabilities_(block, exponentials, shares[1, chunk], tile, sign=1)
+            exponentials = _logits(scratch[0], z_teacher, tile, tau_teacher).exp_()
+            _add_probabilities_(block, exponentials, shares[0, chunk], tile, sign=-1)
             add_symmetric_product_(gradient[chunk], block, z_student, tile)
         tangent_gradient_(gradient[chunk], z_student, inverse * factors[chunk])
     return gradient.to(student.dtype)
@@ -147,7 +148,7 @@ def _logits(scratch: torch.Tensor, normalized: torch.Tensor, tile: RowTile, tau:
     """Similarities of a tile divided by the temperature; the diagonal is the lowest finite number, whose exponential
     is 0 and whose difference from itself, unlike that of infinities, is a number."""
     logits = tile.of_scratch(scratch, len(normalized))
-    torch.bmm(normalized[:, tile.rows], normalized[:, tile.columns].transpose(1, 2), out=logits).div_(tau)
+    logits.baddbmm_(normalized[:, tile.rows], normalized[:, tile.columns].transpose(1, 2), beta=0, alpha=1 / tau)
     logits.diagonal(dim1=1, dim2=2).fill_(torch.finfo(logits.dtype).min)
     return logits
 
@@ -159,7 +160,9 @@ def _add_row_sums_(sums: torch.Tensor, block: torch.Tensor, tile: RowTile) -> No
         sums[:, tile.stop :] += block[:, :, tile.num_rows :].sum(dim=1)
 
 
-def _sums_of_pairs(scratch: torch.Tensor, values: torch.Tensor, tile: RowTile) -> torch.Tensor:
-    """`values_i + values_j` on a tile."""
-    out = tile.of_scratch(scratch, len(values))
-    return torch.add(values[:, tile.rows].unsqueeze(2), values[:, tile.columns].unsqueeze(1), out=out)
+def _add_probabilities_(
+    block: torch.Tensor, exponentials: torch.Tensor, shares: torch.Tensor, tile: RowTile, sign: int
+) -> None:
+    """Add `sign * (P_ij + P_ji)` to a tile, from the exponentials on it and `1 / q` of all rows, shape `(B, N)`."""
+    block.addcmul_(exponentials, shares[:, tile.rows].unsqueeze(2), value=sign)
+    block.addcmul_(exponentials, shares[:, tile.columns].unsqueeze(1), value=sign)

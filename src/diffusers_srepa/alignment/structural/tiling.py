@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 
 
-# What is worked on at a time should stay in the caches of a CPU; an accelerator wants few, large products instead.
+# What is worked on at a time should be small for the caches and for memory, and large because every step of several
+# threads ends with a wait for the slowest, which costs most where other programs run beside them.
 CPU_TILE_ROWS = 256
 ACCELERATOR_TILE_ROWS = 1024
 CPU_TILE_ELEMENTS = 1 << 20
 CPU_CHUNK_ELEMENTS = 1 << 21
 ACCELERATOR_ELEMENTS = 1 << 24
 # Width of the column blocks of a symmetric D x D product.
-GRAM_BLOCK = 192
+GRAM_BLOCK = 256
 
 
 @dataclass(frozen=True)
