@@ -1,5 +1,6 @@
 """The exact forms inside what training wraps around them: compile, autocast, checkpointing, precision switches."""
 
+import itertools
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
 from diffusers_srepa.alignment.structural import feature_form, gram_form, tiled_kl
 from diffusers_srepa.alignment.structural.exact import gram_kl_loss, gram_mse_loss
 from diffusers_srepa.alignment.structural.feature_form import full_precision_products
+from diffusers_srepa.alignment.structural.reference import algorithm_1
 from diffusers_srepa.tokens import TokenMap
 
 
@@ -107,28 +109,43 @@ def test_operators_keep_the_rules_of_custom_operators(dtype):
         torch.library.opcheck(module._backward, (grad_losses, *inputs, *kept, *arguments), test_utils=checks)
 
 
-def largest_allocation(step):
-    """Bytes of the largest single allocation on CPU while `step` runs."""
+def allocations(step):
+    """Bytes of each allocation on CPU while `step` runs, in order; negative where memory is given back."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             step()
-    events = profile.profiler.kineto_results.events()
-    return max(event.nbytes() for event in events if event.name() == "[memory]")
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def pass_of(loss, student, teacher):
+    return lambda: loss(student.detach().requires_grad_(), teacher).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["feature", "kl"])
 def test_no_square_matrix_of_tokens_is_built(name):
     num_tokens = 2048
-    student, teacher = tokens(num_tokens, 16, 16)
-    student.requires_grad_()
-
-    def step(loss):
-        loss(student[:1], teacher[:1]).sum().backward()
-
+    student, teacher = (x[:1] for x in tokens(num_tokens, 16, 16))
     square = 4 * num_tokens**2
-    assert largest_allocation(lambda: step(LOSSES[name])) < square / 2
-    assert largest_allocation(lambda: step(lambda s, t: gram_mse_loss(s, t, form="reference"))) >= square
+    assert max(allocations(pass_of(LOSSES[name], student, teacher))) < square
+    plain = pass_of(lambda s, t: gram_mse_loss(s, t, form="reference"), student, teacher)
+    assert max(allocations(plain)) >= square
+
+
+@pytest.mark.slow
+def test_memory_is_a_tenth_of_that_of_algorithm_1():
+    student, teacher = (x[:1] for x in tokens(4096, 768, 768))
+    peaks = {
+        name: max(itertools.accumulate(allocations(pass_of(loss, student, teacher))))
+        for name, loss in {
+            "mse": gram_mse_loss,
+            "kl": gram_kl_loss,
+            "paper": lambda s, t: algorithm_1(s, t, "mse")[1],
+        }.items()
+    }
+    assert peaks["mse"] < 0.1 * peaks["paper"]
+    assert peaks["kl"] < 0.1 * peaks["paper"]
 
 
 SETTINGS = {
