@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/quickstart
 
-.PHONY: install quickstart quickstart-assets test quality style clean
+.PHONY: install quickstart quickstart-assets model-cards test quality style clean
 
 install: $(STAMP)
 
@@ -22,18 +22,21 @@ quickstart: $(STAMP)
 quickstart-assets: $(STAMP)
 	$(BIN)/python examples/quickstart/make_assets.py
 
+model-cards: $(STAMP)
+	$(BIN)/python model_cards/render.py
+
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	SREPA_HUB_TESTS=1 $(BIN)/python -m pytest tests/hub
 
 quality: $(STAMP)
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks model_cards
+	$(BIN)/ruff format --check src tests examples benchmarks model_cards
 	$(BIN)/mypy
 
 style: $(STAMP)
-	$(BIN)/ruff check --fix src tests examples benchmarks
-	$(BIN)/ruff format src tests examples benchmarks
+	$(BIN)/ruff check --fix src tests examples benchmarks model_cards
+	$(BIN)/ruff format src tests examples benchmarks model_cards
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -18,11 +18,13 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from diffusers_srepa.alignment.structural.exact import choose_mse_form, gram_kl_loss, gram_mse_loss
+from diffusers_srepa.alignment.structural.fused import obstacle
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 
 
@@ -96,6 +98,14 @@ def memory_suffices(num_tokens: int, device: torch.device) -> bool:
     return MATRICES_OF_ALGORITHM_1 * 4 * num_tokens**2 < 0.8 * free
 
 
+def our_losses(student: torch.Tensor) -> list[tuple[str, str, Loss]]:
+    """Mode, form and function of each row: the forms taken by default, and tiles without kernels beside those with."""
+    _, num_tokens, dim = student.shape
+    kl_forms = ["tiled"] if obstacle(student, torch.float32) else ["fused", "tiled"]
+    losses: list[tuple[str, str, Loss]] = [("mse", choose_mse_form(num_tokens, dim, dim), gram_mse_loss)]
+    return losses + [("kl", form, partial(gram_kl_loss, form=form)) for form in kl_forms]
+
+
 def compare(num_tokens: int, arguments: argparse.Namespace) -> list[str]:
     """Rows of the table for one number of tokens."""
     device, dim = torch.device(arguments.device), arguments.dim
@@ -106,7 +116,7 @@ def compare(num_tokens: int, arguments: argparse.Namespace) -> list[str]:
     fits = memory_suffices(num_tokens, device)
     repeats = arguments.repeats if num_tokens < 10000 else 1
     rows = []
-    for mode, ours in (("mse", gram_mse_loss), ("kl", gram_kl_loss)):
+    for mode, form, ours in our_losses(student):
         losses: dict[str, Loss] = {"ours": ours}
         if fits:
             losses["paper"] = lambda s, t, mode=mode: algorithm_1(s, t, mode)
@@ -114,7 +124,6 @@ def compare(num_tokens: int, arguments: argparse.Namespace) -> list[str]:
         times = median_times(runs, repeats)
         student.grad = None
         memory = {name: peak_bytes(run, device) / 1e6 for name, run in runs.items()}
-        form = choose_mse_form(num_tokens, dim, dim) if mode == "mse" else "tiled"
         cells = [str(num_tokens), str(batch), mode.upper(), form, f"{1e3 * times['ours']:.0f} ms"]
         if fits:
             cells += [f"{1e3 * times['paper']:.0f} ms", f"**{times['paper'] / times['ours']:.2f}x**"]

@@ -3,7 +3,7 @@
     python examples/align_any_model.py --model dit       # a DiTTransformer2DModel on latents, one of its blocks tapped
     python examples/align_any_model.py --model unet      # a UNet2DModel on pixels, its middle block tapped
 
-Both train for less than half a minute on two CPU cores, on the digits and with the autoencoder and the teacher of the
+Both train for about half a minute on two CPU cores, on the digits and with the autoencoder and the teacher of the
 quickstart. The model itself is not changed: `AlignedDenoiser` reads the tapped module by a forward hook, and what is
 saved in the end is an ordinary diffusers model, with the projector in a folder of its own. Under `accelerate launch`
 the same script runs on several processes.
@@ -92,7 +92,13 @@ def train(args: argparse.Namespace) -> None:
     criterion = AlignmentLoss({"cosine": (CosineAlignment(), 1.0), "gram_mse": (GramMSEAlignment(), 2.0)})
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
-    loader = DataLoader(load_digits(), args.batch_size // accelerator.num_processes, shuffle=True, drop_last=True)
+    digits, batch_size = load_digits(), args.batch_size // accelerator.num_processes
+    if not 1 <= batch_size <= len(digits) // accelerator.num_processes:
+        raise SystemExit(
+            f"--batch_size is {args.batch_size} on {accelerator.num_processes} process(es), but must be from "
+            f"{accelerator.num_processes} to {len(digits)}, the number of digits."
+        )
+    loader = DataLoader(digits, batch_size, shuffle=True, drop_last=True)
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     batches = (batch for _ in range(args.steps) for batch in loader)
     path = LinearInterpolant()

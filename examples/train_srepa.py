@@ -9,7 +9,14 @@ command line, which wins over files; `--print_config` shows the whole configurat
 
 import sys
 
-from diffusers_srepa import ConfigurationError, DataError, Trainer, parse_training_config, set_up_console
+from diffusers_srepa import (
+    ConfigurationError,
+    DataError,
+    Trainer,
+    TrainingInterrupted,
+    parse_training_config,
+    set_up_console,
+)
 
 
 def main() -> None:
@@ -21,6 +28,10 @@ def main() -> None:
     except (ConfigurationError, DataError, FloatingPointError, OSError) as error:
         # One sentence instead of a traceback: what was found, what was expected, which option to change.
         sys.exit(f"error: {error}")
+    except TrainingInterrupted as stop:
+        # Exit code 75: the run was asked to stop, has saved, and can be resumed.
+        sys.stderr.write(f"{stop}\n")
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(f"stopped; the checkpoints are in {config.output_dir}, go on with --resume_from_checkpoint latest")
 

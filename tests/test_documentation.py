@@ -340,3 +340,16 @@ def test_teachers_page():
     names = {name: getattr(families, name) for name in ("HALF", "TeacherFamily", "interpolating_inputs")}
     run("docs/teachers.md", row, names)
     assert names["family"].model_type == "my_model_type"
+
+
+def test_every_test_that_the_reliability_page_names_exists() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|") and "`tests/" in line]
+    assert len(rows) > 20
+    for row in rows:
+        file = ""
+        for path, name in re.findall(r"`([\w/.]*)(?:::(\w+))?`", row.rpartition(" | ")[2]):
+            file = path or file
+            assert (ROOT / file).exists(), file
+            if name:
+                assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"

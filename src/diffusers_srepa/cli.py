@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(required=True, metavar="command")
     _add_cache_latents(subcommands)
     _add_sample(subcommands)
+    _add_convert(subcommands)
     return parser
 
 
@@ -139,7 +140,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     from diffusers_srepa.errors import ConfigurationError
     from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
-    from diffusers_srepa.training.config import SamplingConfig, ValidationConfig
+    from diffusers_srepa.training.config_sections import SamplingConfig, ValidationConfig
     from diffusers_srepa.training.validation import sample_images, write_validation
 
     for name in ("images_per_class", "batch_size"):
@@ -163,6 +164,31 @@ def _sample(arguments: argparse.Namespace) -> None:
     images = sample_images(pipeline, labels, validation, sampling)
     write_validation(arguments.output_dir, pipeline, images, labels, validation, sampling)
     sys.stdout.write(f"{len(images)} images and grid.png are in {arguments.output_dir}\n")
+
+
+def _add_convert(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    # Imports neither torch nor diffusers.
+    from diffusers_srepa.conversion import command
+
+    parser = subcommands.add_parser("convert", help=command.HELP, description=command.DESCRIPTION)
+    command.add_arguments(parser)
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from diffusers_srepa.conversion import command
+    from diffusers_srepa.training import hub
+
+    def claim_repository() -> str:
+        name = arguments.hub_model_id or arguments.output_dir.resolve().name
+        return hub.create_repository(name, private=arguments.hub_private or None)
+
+    result = command.run(arguments, claim_repository)
+    sys.stdout.write(f"{result.summary}\n" + "".join(f"note: {note}\n" for note in result.notes))
+    sys.stdout.write(f"written to {result.path}\n")
+    if result.repository is not None:
+        url = hub.push_folder(result.path, result.repository, commit_message="Upload converted SiTPipeline")
+        sys.stdout.write(f"pushed to {url}\n")
 
 
 def _as_label(label: str | int, id2label: Mapping[str, str]) -> str | int:

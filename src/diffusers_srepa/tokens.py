@@ -32,7 +32,7 @@ class TokenMap:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3:
             raise ValueError(f"tokens must have shape (B, N, D), but have shape {tuple(self.tokens.shape)}.")
-        height, width = self.grid
+        height, width = check_grid(self.grid)
         expected = self.num_prefix_tokens + height * width
         if self.tokens.shape[1] != expected:
             raise ValueError(
@@ -90,11 +90,20 @@ class TeacherFeatures:
         patch_tokens (`torch.Tensor`): shape `(B, N, D)`, float32, class and register tokens dropped.
         grid (`tuple[int, int]`): `(h, w)` of the patch tokens.
         class_token (`torch.Tensor`, *optional*): shape `(B, D)`, raw scale, for teachers that have one.
+
+    Raises:
+        ValueError: the tokens do not fill the grid, or the class token has another shape.
     """
 
     patch_tokens: torch.Tensor
     grid: tuple[int, int]
     class_token: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        TokenMap(self.patch_tokens, self.grid)
+        shape = (self.patch_tokens.shape[0], self.patch_tokens.shape[2])
+        if self.class_token is not None and tuple(self.class_token.shape) != shape:
+            raise ValueError(f"class_token must have shape {shape}, but has shape {tuple(self.class_token.shape)}.")
 
     def token_map(self, include_class_token: bool = False) -> TokenMap:
         """The features as a `TokenMap`; with `include_class_token` the class token is prepended as a prefix token.
@@ -110,6 +119,22 @@ class TeacherFeatures:
             )
         tokens = torch.cat([self.class_token.unsqueeze(1), self.patch_tokens], dim=1)
         return TokenMap(tokens, self.grid, num_prefix_tokens=1)
+
+
+def check_grid(grid: object) -> tuple[int, int]:
+    """A grid as `(rows, columns)`.
+
+    Raises:
+        ValueError: it is not two positive integers.
+    """
+    if isinstance(grid, tuple | list | torch.Size) and len(grid) == 2 and all(_is_positive_integer(n) for n in grid):
+        return int(grid[0]), int(grid[1])
+    raise ValueError(f"a grid must be (rows, columns), two positive integers, but is {grid!r}.")
+
+
+def _is_positive_integer(value: object) -> bool:
+    # Symbolic sizes of torch.compile are no `int`.
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool) and value > 0
 
 
 def tokens_to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -238,7 +238,19 @@ def test_empty_batch_and_no_grad(name):
         values = exact(student.requires_grad_(), teacher)
     assert not values.requires_grad
     torch.testing.assert_close(values, exact(student, teacher).detach())
-    assert exact(student[:0], teacher[:0]).shape == (0,)
+    empty = student.detach()[:0].requires_grad_()
+    values = exact(empty, teacher[:0])
+    assert values.shape == (0,)
+    values.sum().backward()
+    assert empty.grad.shape == empty.shape
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_teacher_gets_no_gradient(name):
+    student, teacher = random_tokens(2, 20, 8, 8)
+    LOSSES[name][0](student.requires_grad_(), teacher.requires_grad_()).sum().backward()
+    assert student.grad is not None
+    assert teacher.grad is None
 
 
 def test_nan_is_not_hidden():

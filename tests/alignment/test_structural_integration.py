@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_operators_keep_the_rules_of_custom_operators(dtype):
     checks = ("test_schema", "test_faketensor")
     student, teacher = (x.to(dtype) for x in tokens(150))
     grad_losses = torch.ones(2)
-    for module, arguments in ((gram_form, ()), (feature_form, ()), (tiled_kl, (0.2, 0.3))):
+    for module, arguments in ((gram_form, ()), (feature_form, ()), (tiled_kl, (0.2, 0.3, "auto"))):
         torch.library.opcheck(module._forward, (student, teacher, *arguments), test_utils=checks)
         _, *kept = module._forward(student, teacher, *arguments)
         inputs = (student,) if module is gram_form else (student, teacher)
@@ -178,6 +179,20 @@ def test_reduced_precision_is_off_inside_and_restored_outside(precision_setting)
     with pytest.raises(KeyError), full_precision_products():
         raise KeyError
     assert (precision(), torch.backends.cuda.matmul.allow_tf32) == before
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_full_precision_with_the_older_interface(setting, monkeypatch):
+    """Versions of PyTorch without a setting per backend; "medium" comes back as such, not as "high"."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace())
+    torch.set_float32_matmul_precision(setting)
+    try:
+        with pytest.raises(KeyError), full_precision_products():
+            inside = torch.get_float32_matmul_precision()
+            raise KeyError
+        assert (inside, torch.get_float32_matmul_precision()) == ("highest", setting)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_feature_form_computes_in_full_precision(monkeypatch):

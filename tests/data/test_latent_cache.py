@@ -14,6 +14,7 @@ from diffusers_srepa.data import latent_cache
 from diffusers_srepa.data.collate import collate
 from diffusers_srepa.data.datasets import load_image_dataset
 from diffusers_srepa.data.latent_cache import LatentCache, cache_latents
+from diffusers_srepa.data.loading import read_batches
 from diffusers_srepa.data.order import GlobalBatchSampler, SampleKey, is_flipped
 from diffusers_srepa.errors import ConfigurationError, DataError
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
@@ -379,3 +380,35 @@ def test_memory_maps_are_read_only(finished):
     cache = LatentCache.open(finished)
     cache.moments(0)[:] = 0
     assert np.abs(cache.moments(0).numpy()).sum() > 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_disappears_is_not_taken_for_unreadable_images(tmp_path, num_workers):
+    table = numbered_images(9)
+    cache_latents(load(table), PixelCodec(), tmp_path, **OPTIONS)
+    dataset = load(table, latent_cache=tmp_path)
+    (tmp_path / "shard_00001.bin").unlink()
+    sampler = GlobalBatchSampler(9, 9, 9, seed=0, num_steps=1)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate)
+    with pytest.raises(ConfigurationError, match="shard_00001.bin of the latent cache cannot be read any") as error:
+        next(read_batches(loader))
+    assert "\n" not in str(error.value) and "data.latent_cache" in str(error.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_of_the_machine_while_caching_says_how_to_go_on(tmp_path, num_workers):
+    class Unreachable:
+        """A dataset whose images lie on a server that is down."""
+
+        on_bad_image, resolution, fingerprint = "skip", 16, "0-0"
+
+        def __len__(self):
+            return 4
+
+        def read_pixels(self, row):
+            raise ConnectionError("no route to the server")
+
+    message = r"^the dataset cannot be read any further \(no route to the server\): .* run the same command again"
+    with pytest.raises(DataError, match=message) as error:
+        cache_latents(Unreachable(), PixelCodec(), tmp_path, num_workers=num_workers, **OPTIONS)
+    assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from diffusers_srepa.data import streaming
 from diffusers_srepa.data.collate import collate
 from diffusers_srepa.data.datasets import load_image_dataset
+from diffusers_srepa.data.images import read_crop
 from diffusers_srepa.data.order import is_flipped
 from diffusers_srepa.data.streaming import StreamingImages
 from diffusers_srepa.errors import ConfigurationError, DataError
@@ -92,11 +93,13 @@ def test_processes_share_the_rows_and_the_places(num_shards):
     assert places == [(step, position) for step in range(6) for position in range(4)]
 
 
-def test_accumulated_micro_batches_have_the_places_of_the_map_style_order():
-    items = read(stream_of(numbered(24)), 8, micro_batch_size=2, global_batch_size=8, process_index=1, num_processes=2)
-    assert [(item["step"], item["position"]) for item in items] == [
-        (step, position) for step in range(2) for position in (2, 3, 6, 7)
-    ]
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_change_neither_rows_nor_places(micro_batch_size):
+    position = {"global_batch_size": 8, "process_index": 1, "num_processes": 2}
+    items = read(stream_of(numbered(24)), 8, micro_batch_size=micro_batch_size, **position)
+    places = [(item["step"], item["position"]) for item in items]
+    assert places == [(step, position) for step in range(2) for position in range(4, 8)]
+    assert rows(items) == rows(read(stream_of(numbered(24)), 8, micro_batch_size=2, **position))
 
 
 @pytest.mark.parametrize("start_step", [1, 2, 5, 7, 8, 19])
@@ -137,9 +140,57 @@ def test_an_unreadable_row_can_be_fatal():
 
 
 def test_a_stream_of_broken_rows_is_given_up():
+    # Its four rows, and the four of the next epoch, which might have been readable again.
     stream = stream_of(image_table([b"garbage"] * 4, [0] * 4), num_shards=2)
-    with pytest.raises(DataError, match="none of the 4 rows"):
+    with pytest.raises(DataError, match="none of the 8 rows of the stream from row 0 on"):
         read(stream, 1)
+
+
+def test_a_broken_block_is_replaced_by_what_follows_it():
+    # Blocks of four in one shard: rows 4 to 7 are broken, and the single row 12 of the last, short block.
+    images = [b"garbage" if i in (4, 5, 6, 7, 12) else png(i) for i in range(13)]
+    stream = stream_of(image_table(images, list(range(13))), num_shards=1)
+    items = read(stream, 26)
+    for start in (0, 13):
+        epoch = items[start : start + 13]
+        assert [int(item["class_labels"]) for item in epoch[4:8]] == [8] * 4
+        assert [item["replaced"] for item in epoch[4:8]] == [4] * 4
+        # What follows the last row of an epoch is the first of the next.
+        assert (int(epoch[12]["class_labels"]), epoch[12]["replaced"]) == (0, 1)
+    resumed = read(stream_of(image_table(images, list(range(13))), num_shards=1), 22, start_step=1)
+    assert rows(resumed) == rows(items[4:])
+
+
+def test_the_search_for_a_readable_row_ends(monkeypatch):
+    monkeypatch.setattr(streaming, "MAX_REPLACEMENTS", 6)
+    images = [b"garbage"] * 12 + [png(12)]
+    with pytest.raises(DataError, match="none of the 6 rows of the stream from row 0 on"):
+        read(stream_of(image_table(images, [0] * 13), num_shards=1), 1)
+
+
+@pytest.mark.parametrize("start_step", [3, 12, 20])
+def test_a_resume_decodes_no_image_that_it_skips(start_step, monkeypatch):
+    decoded = []
+
+    def counted(*arguments):
+        decoded.append(arguments)
+        return read_crop(*arguments)
+
+    monkeypatch.setattr(streaming, "read_crop", counted)
+    # Later epochs too: 30 rows are seven and a half steps.
+    read(stream_of(numbered(30)), 5, start_step=start_step)
+    assert len(decoded) == 5
+
+
+def test_a_resume_in_a_loader_process_goes_on_exactly():
+    whole = rows(read(stream_of(numbered(30)), 60))
+    for start_step, num_workers in ((6, 1), (9, 1), (9, 0)):
+        stream = stream_of(numbered(30))
+        position = {"global_batch_size": 4, "micro_batch_size": 2, "num_steps": 4}
+        stream.set_position(start_step=start_step, **position)
+        batches = list(DataLoader(stream, batch_size=2, num_workers=num_workers, collate_fn=collate))
+        labels = torch.cat([batch["class_labels"] for batch in batches]).tolist()
+        assert labels == whole[start_step * 4 : start_step * 4 + 16]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

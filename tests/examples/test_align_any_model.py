@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -128,6 +130,23 @@ def test_mixed_precision_trains_like_full_precision(script, capsys):
 def test_a_rest_of_steps_is_reported_too(script, capsys):
     losses = run_script(script, capsys, "--steps", "2", "--batch_size", "4")
     assert len(losses) == 1
+
+
+@pytest.mark.parametrize("size", ["0", "100000", "-4"])
+def test_a_batch_that_cannot_be_filled_is_refused(size, script):
+    with pytest.raises(SystemExit, match=rf"--batch_size is {size} on 1 process\(es\), but must be from 1 to \d+"):
+        script.train(script.parse_arguments(["--batch_size", size, "--steps", "1", "--cpu"]))
+
+
+def test_the_script_runs_as_the_page_says():
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--model", "unet", "--steps", "1", "--batch_size", "4", "--cpu"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(printed_losses(result.stdout)) == 1
 
 
 # What the page says about DiT and U-Nets

@@ -61,6 +61,8 @@ def test_train_from_ids_and_push(hub: HubServer, assets: Path, tmp_path: Path) -
         "vae",
     }
     assert not any(TOKEN.encode() in blob.content for blob in files.values())
+    for path in (tmp_path, assets):
+        assert not any(str(path).encode() in blob.content for blob in files.values())
     card = ModelCard.load("tester/my-run")
     assert card.data.datasets == ["tester/images"]
     assert "[tester/teacher](https://huggingface.co/tester/teacher)" in card.text

@@ -11,12 +11,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
 from tests.helpers.tiny_run import write_assets
 
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "train_srepa.py"
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+TWO_WITH_DDP = [*LAUNCH, "--multi_gpu"]
+TWO_WITH_FSDP = [*LAUNCH, "--use_fsdp", "--fsdp_version", "2"]
+WITH_CONFIG_FILE = [*LAUNCH, "--config_file", str(ROOT / "examples" / "accelerate" / "gpus_8_fsdp2.yaml")]
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -31,7 +35,7 @@ def _losses(output_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same training by one process (folder `one`) and by two (folder `two`)."""
+    """The same training by one process (folder `one`), by two (`two`), and by two with FSDP2 (`sharded`)."""
     folder = write_assets(tmp_path_factory.mktemp("runs"))
     # The alignment ends at step 3, so that both also pass the moment in which projector and teacher are dropped.
     stop = {"name": "hard_stop", "step": 3}
@@ -41,40 +45,54 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     options = [str(SCRIPT), "--config", str(folder / "config.yaml"), "--config", str(folder / "stop.yaml")]
-    two = [*LAUNCH, "--multi_gpu", "--num_processes", "2", *options, "--output_dir", str(folder / "two")]
+    several = ["--expected_processes", "2", "--output_dir"]
     for command in (
         [sys.executable, *options, "--output_dir", str(folder / "one")],
-        [*two, "--expected_processes", "2"],
+        [*TWO_WITH_DDP, *options, *several, str(folder / "two")],
+        [*TWO_WITH_FSDP, *options, *several, str(folder / "sharded"), "--validation.every", "4"],
     ):
         result = _run(command)
         assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
 
-def test_two_processes_train_and_give_the_trajectory_of_one(runs: Path) -> None:
-    state = json.loads((runs / "two" / "checkpoint-4" / "state.json").read_text())
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_train_and_give_the_trajectory_of_one(runs: Path, name: str) -> None:
+    state = json.loads((runs / name / "checkpoint-4" / "state.json").read_text())
     assert state["num_processes"] == 2
-    assert _losses(runs / "two") == pytest.approx(_losses(runs / "one"), rel=1e-4)
-    one, two = (load_file(runs / name / "checkpoint-4" / "ema.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4)
+    assert _losses(runs / name) == pytest.approx(_losses(runs / "one"), rel=1e-4)
+    for file in ("ema.safetensors", "optimizer.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+        one, two = (load_file(runs / run / "checkpoint-4" / file) for run in ("one", name))
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-4, msg=lambda text, key=key: key + text)
 
 
-def test_a_checkpoint_of_two_processes_resumes_on_one(runs: Path) -> None:
-    options = ["--config", str(runs / "two" / "config.yaml"), "--training.max_steps", "6"]
-    result = _run(
-        [
-            sys.executable,
-            str(SCRIPT),
-            *options,
-            "--resume_from_checkpoint",
-            "checkpoint-4",
-            "--expected_processes",
-            "1",
-        ]
-    )
+def test_a_sharded_run_leaves_whole_weights_a_pipeline_and_pictures(runs: Path) -> None:
+    one, sharded = (SiTPipeline.from_pretrained(runs / name) for name in ("one", "sharded"))
+    for name, weight in sharded.transformer.named_parameters():
+        torch.testing.assert_close(weight, one.transformer.get_parameter(name), rtol=1e-3, atol=2e-4)
+    assert (runs / "sharded" / "validation" / "step-4" / "grid.png").exists()
+    average = load_file(runs / "sharded" / "checkpoint-4" / "ema.safetensors")
+    for name, weight in sharded.transformer.named_parameters():
+        assert torch.equal(weight, average[f"transformer.{name}"]), name
+
+
+@pytest.mark.parametrize(
+    "written, launch",
+    [("two", [sys.executable]), ("sharded", [sys.executable]), ("one", WITH_CONFIG_FILE), ("sharded", TWO_WITH_DDP)],
+)
+def test_a_checkpoint_resumes_on_any_number_and_kind_of_processes(
+    runs: Path, tmp_path: Path, written: str, launch: list[str]
+) -> None:
+    options = ["--config", str(runs / "one" / "config.yaml"), "--output_dir", str(tmp_path / "run")]
+    checkpoint = str(runs / written / "checkpoint-2")
+    result = _run([*launch, str(SCRIPT), *options, "--resume_from_checkpoint", checkpoint])
     assert result.returncode == 0, result.stderr[-3000:]
-    assert len(_losses(runs / "two")) == 6
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(runs / "one")[2:], rel=1e-4)
+    one, other = (load_file(path / "checkpoint-4" / "ema.safetensors") for path in (runs / "one", tmp_path / "run"))
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """REG's class token: drawn, denoised and guided beside the latents, then dropped."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from tests.helpers.tiny_pipeline import generators, tiny_pipeline
 from tests.helpers.tiny_sit import tiny_sit
 
@@ -86,6 +88,40 @@ def test_against_a_plain_loop(
     expected, expected_token = plain_loop(pipe.transformer, scale, token_scale, interval)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(tokens[-1], expected_token, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_against_a_plain_loop_on_the_cosine_path(pipe: SiTPipeline) -> None:
+    scheduler = FlowMatchEulerMaruyamaScheduler(path_type="cosine")
+    cosine = tiny_pipeline(transformer=pipe.transformer, scheduler=scheduler)
+    sources, labels = generators(0, 1), torch.tensor([1, 2])
+    x, c = draw(sources, 4, 8, 8), draw(sources, DIM)
+    grid = [1.0, 0.76, 0.52, 0.28, 0.04, 0.0]
+    for t, next_t in zip(grid[:-1], grid[1:], strict=True):
+        output = pipe.transformer(x, 1000 * t, labels, class_token=c)
+        outputs = (output.sample, output.class_token)
+        alpha, sigma, dt = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2), next_t - t
+        noise = [draw(sources, *value.shape[1:]) if next_t > 0 else torch.zeros_like(value) for value in (x, c)]
+        drifts = [v + t * (sigma * s + 2 / math.pi * alpha * v) / sigma for v, s in zip(outputs, (x, c), strict=True)]
+        x, c = (
+            state + drift * dt + (2 * t * -dt) ** 0.5 * eps
+            for state, drift, eps in zip((x, c), drifts, noise, strict=True)
+        )
+    torch.testing.assert_close(call(cosine), x, rtol=0, atol=1e-4)
+
+
+def test_the_pipelines_own_scheduler_makes_the_steps_of_the_latents_alone(pipe: SiTPipeline) -> None:
+    states: list[int | None] = []
+
+    def look(pipeline: SiTPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        states.append(pipeline.scheduler.step_index)
+        return tensors
+
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), FlowMatchEulerMaruyamaScheduler()):
+        own = tiny_pipeline(transformer=pipe.transformer, scheduler=scheduler)
+        states.clear()
+        call(own, callback_on_step_end=look)
+        assert own.scheduler is scheduler and states == [1, 2, 3, 4, 5], type(scheduler).__name__
 
 
 def test_guidance_of_the_token_matters(pipe: SiTPipeline) -> None:

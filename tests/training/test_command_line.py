@@ -1,12 +1,20 @@
 """Configuration from presets, files and the command line: order of merging, wrong input, the resolved whole."""
 
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from diffusers_srepa.alignment.build import build_terms
+from diffusers_srepa.alignment.presets import METHOD_PRESETS, alignment_preset, get_preset
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.command_line import load_training_config, merge, parse_training_config
+from diffusers_srepa.models.transformer_sit import SIT_PRESETS
+from diffusers_srepa.training.command_line import load_training_config, parse_training_config
+from diffusers_srepa.training.config_files import merge
+from diffusers_srepa.training.sweeps import read_variants
 
 
 REQUIRED = ["--output_dir", "out", "--data.dataset", "images"]
@@ -93,12 +101,176 @@ def test_printing_shows_the_resolved_whole(capsys: pytest.CaptureFixture[str]) -
     assert printed["alignment"]["terms"]["gram_mse"]["weight"] == 2.0 and printed["output_dir"] == "out"
 
 
+# The numbers of the paper's Tables 3, 7 and 8, and of REPA, iREPA and REG: projector, teacher transform, class token
+# weight, and the weights of the terms.
+METHODS = {
+    "sit": (None, None, None, {}),
+    "repa": ("mlp", None, None, {"cosine": 0.5}),
+    "irepa": ("conv", 0.6, None, {"cosine": 1.0}),
+    "reg": ("mlp", None, 0.03, {"cosine": 0.5}),
+    "srepa-mse": ("mlp", None, None, {"cosine": 1.0, "gram_mse": 2.0}),
+    "srepa-kl": ("mlp", None, None, {"cosine": 1.0, "gram_kl": 0.5}),
+    "structure-mse": ("mlp", None, None, {"gram_mse": 4.0}),
+    "structure-kl": ("mlp", None, None, {"gram_kl": 0.5}),
+    "irepa+srepa": ("conv", 0.6, None, {"cosine": 1.0, "gram_mse": 2.0}),
+    "reg+srepa": ("mlp", None, 0.03, {"cosine": 0.5, "gram_mse": 2.0}),
+}
+
+
+def _print_config(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[dict[str, Any], str]:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_training_config(["--print_config", *options])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    return yaml.safe_load(text), text
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_reachable_by_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    projector, alpha, class_token_weight, weights = METHODS[name]
+    assert set(METHODS) == set(METHOD_PRESETS)
+    assert {term: values["weight"] for term, values in get_preset(name).terms.items()} == weights
+    alignment = _print_config(capsys, "--alignment.preset", name)[0]["alignment"]
+    assert {key: alignment[key] for key in alignment_preset(name)} == alignment_preset(name)
+    assert {term: values["weight"] for term, values in alignment["terms"].items()} == weights
+    assert (alignment["projector"] or {}).get("name") == projector
+    assert (alignment["target_transform"] or {}).get("alpha") == alpha
+    assert alignment["class_token_weight"] == class_token_weight
+    built = build_terms(load_training_config([*REQUIRED, "--alignment.preset", name]).alignment.terms)
+    assert {term: built[term].schedule(0) for term in built} == weights
+
+
+@pytest.mark.parametrize("name", SIT_PRESETS)
+def test_every_size_is_reachable_by_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    printed, text = _print_config(capsys, "--model.preset", name)
+    assert printed["model"]["preset"] == name
+    for option, value in SIT_PRESETS[name].items():
+        assert f"#   model.{option}: {value}\n" in text
+    depth = {"S": 4, "B": 4, "L": 8, "XL": 8}[name[4:-2]]
+    assert text.endswith(f"#   alignment.depth: {depth}\n")
+
+
+def test_printing_names_only_what_is_open(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    given = ["--model.patch_size", "4", "--model.num_layers", "6", "--model.num_attention_heads", "2"]
+    _, text = _print_config(capsys, *given, "--model.attention_head_dim", "8")
+    assert text.endswith("presets:\n#   alignment.depth: 2\n")
+    _, text = _print_config(capsys, "--model.num_layers", "6", "--alignment.depth", "3")
+    assert "num_layers: 6\n" in text and "#   model.num_layers" not in text and "alignment.depth" not in text
+    assert "alignment.depth" not in _print_config(capsys, "--alignment.preset", "sit")[1]
+    assert "those of me/sit.\n" in _print_config(capsys, "--model.init_from", "me/sit")[1]
+    # What is printed is a configuration file.
+    _, text = _print_config(capsys, *REQUIRED, "--model.preset", "SiT-B/4")
+    file = _write(tmp_path, "printed.yaml", text)
+    assert load_training_config(["--config", file]) == load_training_config([*REQUIRED, "--model.preset", "SiT-B/4"])
+
+
+@pytest.mark.parametrize("option", ["--alignment.preset=reag+srepa", "--model.preset=SiT-B-2"])
+def test_unknown_presets_are_found_while_printing_too(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_training_config(["--print_config", option])
+    assert exit_info.value.code == 2
+    assert "did you mean 'reg+srepa'" in (error := capsys.readouterr().err) or "did you mean 'SiT-B/2'" in error
+
+
+SWEEP = """
+base: base.yaml
+seed: 1
+optimizer: {lr: 1.0e-3, eps: 1.0e-6}
+sweep:
+  plain:
+  fast: {optimizer: {lr: 2.0e-3}, seed: 5}
+  repa: {alignment: {preset: repa, terms: {cosine: {weight: 0.7}}}}
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> str:
+    _write(tmp_path, "base.yaml", "seed: 0\ntraining: {max_steps: 7}\nalignment: {preset: srepa-kl}\n")
+    return _write(tmp_path, "sweep.yaml", SWEEP)
+
+
+def test_a_variant_lies_over_its_file_and_below_later_files_and_options(sweep: str, tmp_path: Path) -> None:
+    later = _write(tmp_path, "later.yaml", "seed: 8\n")
+    plain = load_training_config([*REQUIRED, "--config", sweep, "--variant", "plain"])
+    assert (plain.seed, plain.optimizer.lr, plain.training.max_steps) == (1, 1e-3, 7)
+    assert list(plain.alignment.terms) == ["cosine", "gram_kl"]
+    fast = load_training_config([*REQUIRED, "--variant=fast", "--config", sweep])
+    assert (fast.seed, fast.optimizer.lr, fast.optimizer.eps) == (5, 2e-3, 1e-6)
+    assert load_training_config([*REQUIRED, "--config", sweep, "--config", later, "--variant", "fast"]).seed == 8
+    # The order of the files decides, not that of the options.
+    assert load_training_config([*REQUIRED, "--variant", "fast", "--config", later, "--config", sweep]).seed == 5
+    options = ["--seed", "9", "--config", sweep, "--config", later, "--variant", "fast"]
+    assert load_training_config([*REQUIRED, *options]).seed == 9
+    repa = load_training_config([*REQUIRED, "--config", sweep, "--variant", "repa"]).alignment
+    assert repa.preset == "repa" and {name: term["weight"] for name, term in repa.terms.items()} == {"cosine": 0.7}
+
+
+def test_the_variants_of_a_file_are_listed_in_code(sweep: str, tmp_path: Path) -> None:
+    variants = read_variants(sweep)
+    assert list(variants) == ["plain", "fast", "repa"]
+    assert variants["fast"] == {"optimizer": {"lr": 2e-3}, "seed": 5} and variants["plain"] == {}
+    assert read_variants(tmp_path / "base.yaml") == {}
+
+
+def test_a_sweep_as_base_lends_its_variants(sweep: str, tmp_path: Path) -> None:
+    mine = _write(tmp_path, "mine.yaml", "base: sweep.yaml\nseed: 3\nsweep: {slow: {optimizer: {lr: 1.0e-5}}}\n")
+    assert list(read_variants(mine)) == ["plain", "fast", "repa", "slow"]
+    config = load_training_config([*REQUIRED, "--config", mine, "--variant", "slow"])
+    assert (config.seed, config.optimizer.lr, config.optimizer.eps) == (3, 1e-5, 1e-6)
+    # The variant is laid over the file that names the base, not over the base alone.
+    assert load_training_config([*REQUIRED, "--config", mine, "--variant", "fast"]).seed == 5
+
+
+@pytest.mark.parametrize(
+    "variant, message",
+    [
+        (
+            "fsat",
+            "there is no variant 'fsat' in .*sweep.yaml, did you mean 'fast'. the variants are plain, fast, repa.",
+        ),
+        ("nothing like it", "there is no variant 'nothing like it' in .*: the variants are plain, fast, repa."),
+    ],
+)
+def test_an_unknown_variant_is_answered_with_their_names(sweep: str, variant: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as error:
+        load_training_config([*REQUIRED, "--config", sweep, "--variant", variant])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: {optimizer: {lrr: 1}}", "in the variant 'a' of .*wrong.yaml, there is no option optimizer.lrr"),
+        ("b: {seed: 1}\n  a: {sede: 1}", "in the variant 'a' .*, there is no option sede, did you mean 'seed'"),
+        ("a: {base: base.yaml}", "in the variant 'a' .*, there is no option base"),
+        ("a: {alignment: {terms: {gram_mse: {objective: {nmae: x}}}}}", "has no argument 'nmae'"),
+    ],
+)
+def test_a_typing_error_in_any_variant_is_an_error(tmp_path: Path, text: str, message: str) -> None:
+    file = _write(tmp_path, "wrong.yaml", f"sweep:\n  {text}\n")
+    chosen = "b" if text.startswith("b") else "a"
+    with pytest.raises(ConfigurationError, match=message):
+        load_training_config([*REQUIRED, "--config", file, "--variant", chosen], validate=False)
+
+
+def test_two_sweeps_at_once_are_refused(sweep: str, tmp_path: Path) -> None:
+    other = _write(tmp_path, "other.yaml", "sweep: {fast: {}}\n")
+    with pytest.raises(ConfigurationError, match="sweep.yaml and .*other.yaml are both sweeps"):
+        load_training_config([*REQUIRED, "--config", sweep, "--config", other, "--variant", "fast"])
+
+
+def test_printing_shows_the_chosen_variant(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    printed, _ = _print_config(capsys, "--config", sweep, "--variant", "repa")
+    assert printed["alignment"]["terms"] == {"cosine": {"objective": {"name": "cosine"}, "weight": 0.7}}
+    assert printed["optimizer"]["lr"] == 1e-3 and "sweep" not in printed and "variant" not in printed
+
+
 def test_help_names_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         parse_training_config(["--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    assert "--optimizer.lr" in text and "--config" in text and "Learning rate." in text
+    assert "--optimizer.lr" in text and "--config" in text and "--variant" in text and "Learning rate." in text
 
 
 @pytest.mark.parametrize(
@@ -108,6 +280,10 @@ def test_help_names_every_section(capsys: pytest.CaptureFixture[str]) -> None:
         (["--optimizer.lr", "fast"], "optimizer.lr"),
         (["--training.mixed_precision", "fp8"], "mixed_precision"),
         (["--alignment.preset", "srepa-mes"], "srepa-mse"),
+        (["--model.preset", "SiT-XXL/2"], "did you mean 'SiT-XL/2'"),
+        (["--variant", "a"], "--config names no sweep (no file)"),
+        (["--alignment.terms.gram_mes.weight", "1"], "did you mean 'gram_mse'"),
+        (["--alignment.terms.gram_mse.wieght", "1"], "did you mean 'weight'"),
         (["--alignment.depth", "3", "--alignment.tap", "transformer_blocks.2"], "both given"),
         (["--alignment.depth", "0"], "alignment.depth is 0"),
         (["--flow.path", "quadratic"], "there is no path 'quadratic'"),
@@ -151,6 +327,13 @@ def test_wrong_options_end_in_one_sentence(
         ("a: [1, 2", "not valid YAML"),
         ("base: self.yaml", "names itself"),
         ("training: {max_steps: many}", "training.max_steps"),
+        ("seed: 1\ntraining: {max_steps: 1}\nseed: 2\n", "the key 'seed' is given twice"),
+        ("sweep: {a: {seed: 1}, a: {seed: 2}}", "the key 'a' is given twice"),
+        ("sweep: {a: {seed: 1}, b: {}}", "is a sweep: choose one of its runs with --variant, which are a, b"),
+        ("sweep: [a, b]", "must be a mapping of variant names"),
+        ("sweep: {}", "must be a mapping of variant names"),
+        ("sweep: {0.5: {seed: 1}}", "variant name 0.5 .* is no text"),
+        ("sweep: {a: 3}", "the variant 'a' .* is 3, but must be a mapping"),
     ],
 )
 def test_wrong_files_end_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -172,3 +355,30 @@ def test_merging_leaves_its_arguments_alone() -> None:
     assert merged == {"a": {"b": 2, "c": [1]}, "d": {"e": 1}}
     merged["a"]["c"].append(2)
     assert under == {"a": {"b": 1, "c": [1]}, "d": 1}
+
+
+def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    shutil.copytree(root / "examples/configs", tmp_path / "configs")
+    page = (root / "docs/training.md").read_text(encoding="utf-8")
+    run, sweep = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    my_run = _write(tmp_path / "configs", "my_run.yaml", run)
+    alignment = load_training_config([*REQUIRED, "--config", my_run]).alignment
+    assert (alignment.preset, alignment.depth, alignment.projector) == ("repa", 6, {"name": "linear"})
+    assert build_terms(alignment.terms)["cosine"].schedule.stop_step == 100_000
+    my_sweep = _write(tmp_path / "configs", "my_sweep.yaml", sweep)
+    assert list(read_variants(my_sweep)) == re.findall(r"for variant in (.*); do", page)[0].split()
+    assert load_training_config([*REQUIRED, "--config", my_sweep, "--variant", "depth_6"]).alignment.depth == 6
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/training.md", "exec"), names)
+    assert list(names["terms"]) == ["cosine", "gram_mse"] and len(names["transformer"].transformer_blocks) == 12
+    assert all(term.target_transform is not None for term in names["terms"].values())
+    listed = page.split("### Presets")[1].split("###")[0]
+    assert all(f"`{name}`" in listed for name in METHOD_PRESETS)
+
+
+def test_a_preset_over_a_resolved_file_removes_no_term(tmp_path: Path) -> None:
+    file = _write(tmp_path, "resolved.yaml", yaml.safe_dump(load_training_config(REQUIRED).to_dict()))
+    terms = load_training_config(["--config", file, "--alignment.preset", "srepa-kl"]).alignment.terms
+    assert {name: term["weight"] for name, term in terms.items()} == {"cosine": 1.0, "gram_kl": 0.5, "gram_mse": 2.0}

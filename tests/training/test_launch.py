@@ -1,13 +1,15 @@
 """Wrong launches are refused before anything is loaded."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config import LoopConfig
+from diffusers_srepa.training.config_sections import LoopConfig
 from diffusers_srepa.training.launch import check_environment, check_processes, micro_batch_size
+from diffusers_srepa.training.sharding import prepare_sharding
 
 
 def _state(num_processes: int, kind: DistributedType = DistributedType.NO) -> SimpleNamespace:
@@ -29,11 +31,27 @@ def test_other_numbers_of_processes_than_expected_are_refused() -> None:
         check_processes(_state(1), 2)
 
 
-def test_fsdp_that_is_silently_not_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="DeepSpeed was asked for"):
+        check_processes(_state(2, DistributedType.DEEPSPEED), None)
+
+
+@pytest.mark.parametrize(
+    "processes, plugin, message",
+    [
+        (1, {"fsdp_version": 2}, "there is one process"),
+        (2, {"fsdp_version": 1}, "only version 2 is supported"),
+        (2, {"fsdp_version": 2, "activation_checkpointing": True}, "set --model.gradient_checkpointing"),
+    ],
+)
+def test_kinds_of_fsdp_that_cannot_work_are_refused(
+    monkeypatch: pytest.MonkeyPatch, processes: int, plugin: dict[str, Any], message: str
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigurationError, match="FSDP was asked for"):
-        check_processes(_state(2, DistributedType.MULTI_CPU), None)
-    check_processes(_state(2, DistributedType.FSDP), None)
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**plugin))
+    accelerator: Any = SimpleNamespace(num_processes=processes, distributed_type=DistributedType.FSDP, state=state)
+    with pytest.raises(ConfigurationError, match=message):
+        prepare_sharding(accelerator, ["SiTTransformerBlock"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,12 @@ from PIL import Image
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+from diffusers_srepa.training.card_facts import facts_from_config
+from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.config import TrainingConfig
+from diffusers_srepa.training.licence_notes import licence_note
 from diffusers_srepa.training.model_card import ModelCardFacts, package_versions, public_config, write_model_card
+from diffusers_srepa.training.publishable import publishable_versions
 from tests.hub.card_rules import validate_card
 
 
@@ -257,3 +262,137 @@ def test_the_loading_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     exec(compile(code, "card", "exec"), {})
     assert Image.open("sample.png").size == (4, 4)
+
+
+TWO_TEACHERS = """
+model: {preset: SiT-B/2}
+data: {dataset: ILSVRC/imagenet-1k}
+alignment:
+  preset: srepa-kl
+  taps: {late: 12, attention: transformer_blocks.2.attn, same: transformer_blocks.5, unused: 1}
+  terms:
+    cosine: {weight: {name: hard_stop, step: 100000, value: 0.5}}
+    gram_kl: {weight: {name: linear_decay, end: 200000, initial: 0.7}}
+    clip: {objective: cosine, weight: [{name: warm_up, num_steps: 1000, value: 0.3}, 2], tap: late, target: clip}
+    layers: {objective: layer_sync, tap: attention, projector: null, target: {tap: same}}
+    zero: {objective: cosine, weight: 0, target: nobody}
+    gram_mse: null
+teachers:
+  clip: {name_or_path: openai/clip-vit-large-patch14}
+  nobody: {name_or_path: me/nobody}
+"""
+
+
+def facts_of(tmp_path: Path, text: str, *options: str, **facts: Any) -> tuple[TrainingConfig, ModelCardFacts]:
+    (tmp_path / "run.yaml").write_text(text)
+    config = load_training_config(["--config", str(tmp_path / "run.yaml"), *options], validate=False)
+    with torch.device("meta"):
+        transformer = SiTTransformer2DModel.from_preset(config.model.preset, num_classes=10)
+    return config, facts_from_config(config, transformer, **facts)
+
+
+def test_a_card_names_every_teacher_tap_and_schedule(tmp_path: Path) -> None:
+    config, facts = facts_of(tmp_path, TWO_TEACHERS)
+    card, text = card_of(tmp_path / "out", facts, config.to_dict())
+    dino = "[facebook/dinov2-base](https://huggingface.co/facebook/dinov2-base)"
+    clip = "[openai/clip-vit-large-patch14](https://huggingface.co/openai/clip-vit-large-patch14)"
+    for statement in (
+        f"aligned with the features of {dino} and {clip} (preset `srepa-kl`)",
+        f"| Teacher | {dino} |\n| Teacher `clip` | {clip} |\n",
+        "| Aligned block | 4 (counted from 1) |",
+        "| Aligned block `late` | 12 (counted from 1) |",
+        "| Aligned block `same` | 6 (counted from 1) |",
+        "| Aligned module `attention` | `transformer_blocks.2.attn` |",
+        "| Weight of `cosine` | 0.5 until step 100,000, then 0 |",
+        "| Weight of `gram_kl` | 0.7 to 0.0 along a straight line from step 0 to 200,000 |",
+        "| Weight of `clip` | (rising to 0.3 over 1,000 steps) times (2.0) |",
+        "| Objective of `gram_kl` | gram_kl (tau_teacher 0.2, tau_student 0.2) |",
+        "| Steps | 400,000 |",
+        f"check the licence of {dino} (Apache-2.0 by its card).",
+        f"check the licence of {clip}.",
+        "non-commercial research and education only",
+    ):
+        assert statement in text, statement
+    table = text.split("<details>")[0]
+    assert "nobody" not in table and "`unused`" not in table and "`zero`" not in table and "gram_mse" not in table
+    assert card.data.datasets == ["ILSVRC/imagenet-1k"]
+
+
+def test_a_term_that_has_stopped_keeps_its_block_and_teacher_on_the_card(tmp_path: Path) -> None:
+    stop = "{name: hard_stop, step: 2, value: 0.5}"
+    text = f"alignment: {{preset: repa, depth: 3, terms: {{cosine: {{weight: {stop}}}}}}}"
+    _, facts = facts_of(tmp_path, text, "--model.preset", "SiT-S/8", "--training.max_steps", "4", steps=4)
+    assert (facts.depth, facts.teacher, facts.steps) == (3, "facebook/dinov2-base", 4)
+    assert facts.terms == {"cosine": "0.5 until step 2, then 0"}
+
+
+def test_facts_of_other_methods(tmp_path: Path) -> None:
+    _, facts = facts_of(tmp_path, "alignment: {preset: sit}", "--model.preset", "SiT-B/4")
+    assert (facts.teacher, facts.depth, facts.terms, facts.objectives) == (None, None, {}, [])
+    assert (facts.model_name, facts.num_classes) == ("SiT-B/4", 10) and "Projector" not in facts.settings
+    options = ["--alignment.preset", "reg", "--alignment.terms.cosine", "null", "--model.num_layers", "3"]
+    _, facts = facts_of(tmp_path, "model: {preset: SiT-S/8}", *options)
+    assert (facts.teacher, facts.depth) == ("facebook/dinov2-base", None)
+    assert facts.settings["Weight of the class token's flow loss"] == "0.03"
+    assert facts.model_name == "SiT of a size of its own"
+    _, facts = facts_of(tmp_path, "alignment: {preset: irepa, tap: pos_embed}", "--model.preset", "SiT-L/8")
+    assert facts.depth == "pos_embed" and facts.settings["Projector"] == "conv (kernel_size 3)"
+    assert facts.settings["Teacher tokens"] == "spatial_norm (alpha 0.6)"
+    options = ["--optimizer.lr_schedule", "cosine", "--optimizer.lr_warmup_steps", "2000", "--optimizer.max_grad_norm"]
+    _, facts = facts_of(tmp_path, "model: {preset: SiT-S/8, init_from: me/sit}", *options, "0")
+    assert facts.settings["Optimizer"].endswith("learning rate cosine after 2,000 steps of warm-up")
+    assert facts.settings["Gradient norm"] == "not clipped"
+    assert (facts.model_name, facts.init_from, facts.hub_id) == ("SiT", "me/sit", None)
+
+
+def test_known_terms_are_told_apart() -> None:
+    assert licence_note("facebook/dinov2-large") == licence_note("facebook/dinov2-with-registers-base")
+    assert "DINOv3 License" in str(licence_note("facebook/dinov3-vitb16-pretrain-lvd1689m"))
+    assert "not for commercial use" in str(licence_note("nyu-visionx/moco-v3-vit-b"))
+    assert "MIT" in str(licence_note("stabilityai/sd-vae-ft-ema"))
+    assert licence_note("me/dinov2-base") is licence_note("facebook/dinov2-base-mine") is licence_note(None) is None
+
+
+def test_the_dinov3_licence_is_on_the_card_of_its_student(tmp_path: Path) -> None:
+    _, text = card_of(tmp_path, replace(FACTS, teacher="facebook/dinov3-vitb16-pretrain-lvd1689m"))
+    assert "under the [DINOv3 License](https://ai.meta.com/" in text and "Apache-2.0" not in text
+
+
+def test_bare_folder_names_are_local_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "imagefolder").mkdir()
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shown = public_config(
+        {
+            "data": {"dataset": "digits", "split": "train"},
+            "teachers": {"second": {"name_or_path": "digits"}},
+            "latents": {"vae": "pixels"},
+        }
+    )
+    assert shown["data"] == {"dataset": "(local)", "split": "train"}
+    assert shown["teachers"] == {"second": {"name_or_path": "(local)"}} and shown["latents"] == {"vae": "pixels"}
+    assert public_config({"dataset": "imagefolder"}) == {"dataset": "imagefolder"}
+
+
+def test_published_files_hold_no_local_path(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    files = {
+        "vae/config.json": {"_name_or_path": str(tmp_path / "vae"), "sample_size": 32},
+        "transformer/config.json": {"_name_or_path": "me/sit", "sample_size": 4},
+        "projectors/default/config.json": {"in_dim": 8},
+        "scheduler/scheduler_config.json": {"path_type": "linear"},
+    }
+    for name, content in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps(content))
+    config = TrainingConfig(output_dir=str(run))
+    config.data.dataset = str(tmp_path / "images")
+    (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    versions = publishable_versions(run, [*files, "config.yaml"])
+    assert set(versions) == {"vae/config.json", "config.yaml"}
+    assert json.loads(versions["vae/config.json"]) == {"sample_size": 32}
+    published = yaml.safe_load(versions["config.yaml"])
+    assert published["output_dir"] == published["data"]["dataset"] == "(local)"
+    assert published["teacher"] == config.to_dict()["teacher"]
+    assert str(tmp_path) in (run / "config.yaml").read_text()

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffusers_srepa.alignment.feature_tap import FeatureTap, unwrap_module
 from diffusers_srepa.alignment.projectors import read_projector, save_projector
-from diffusers_srepa.alignment.term import DEFAULT, FeatureKey, describe_feature
+from diffusers_srepa.alignment.term import DEFAULT, FeatureKey, describe_feature, describe_value
 from diffusers_srepa.errors import ConfigurationError, close_matches
 from diffusers_srepa.tokens import TokenMap
 
@@ -58,7 +58,8 @@ class AlignedDenoiser(nn.Module):
             configuration has a `class_token_dim`, else 0.
 
     Raises:
-        ConfigurationError: a path that does not exist, unknown names in `features`, or none where they are ambiguous.
+        ConfigurationError: a path that does not exist, unknown names in `features`, or none where they are ambiguous;
+            an argument of another type.
     """
 
     def __init__(
@@ -71,18 +72,24 @@ class AlignedDenoiser(nn.Module):
         num_prefix_tokens: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(transformer, nn.Module):
+            raise ConfigurationError(
+                f"the transformer of an AlignedDenoiser is a {type(transformer).__name__}, but must be a torch module."
+            )
         self.transformer = transformer
-        paths = {DEFAULT: tap} if isinstance(tap, str) else dict(tap)
+        paths = _tap_paths(tap)
         self.projectors = _module_dict({} if projector is None else projector)
         # Without a projector its name stands for the tokens as they are, so that terms need not know.
         names = list(self.projectors) or [DEFAULT]
-        keys = _default_features(list(paths), names) if features is None else [(name, key) for name, key in features]
+        keys = _default_features(list(paths), names) if features is None else _feature_pairs(features)
         self.features = _check_features(keys, list(paths), names)
         self.taps = {name: FeatureTap(transformer, path) for name, path in paths.items()}
-        self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
+        self.grid = None if grid is None else _check_grid(grid)
         self.patch_size = _config_value(transformer, "patch_size")
         self.has_class_token = _config_value(transformer, "class_token_dim") is not None
-        self.num_prefix_tokens = int(self.has_class_token) if num_prefix_tokens is None else num_prefix_tokens
+        self.num_prefix_tokens = int(self.has_class_token)
+        if num_prefix_tokens is not None:
+            self.num_prefix_tokens = _check_prefix(num_prefix_tokens)
         self.stop_features(())
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -185,7 +192,45 @@ class AlignedDenoiser(nn.Module):
             token_map = token_map.with_tokens(token_map.tokens.to(parameter.dtype))
         if getattr(projector, "takes_token_map", False):
             return projector(token_map).float()
-        return token_map.with_tokens(projector(token_map.tokens)).float()
+        projected = projector(token_map.tokens)
+        if not isinstance(projected, torch.Tensor) or projected.shape[:-1] != token_map.tokens.shape[:-1]:
+            shape = getattr(projected, "shape", None)
+            found = f"a {type(projected).__name__}" if shape is None else f"shape {tuple(shape)}"
+            raise ConfigurationError(
+                f"the projector {name!r} returns {found} for tokens of shape {tuple(token_map.tokens.shape)}, but "
+                "must return a tensor of as many tokens: change the projector."
+            )
+        return token_map.with_tokens(projected).float()
+
+
+def _tap_paths(tap: Any) -> dict[str, str]:
+    paths = {DEFAULT: tap} if isinstance(tap, str) else tap
+    is_named = isinstance(paths, Mapping) and all(isinstance(name, str) for name in (*paths, *paths.values()))
+    if not is_named:
+        raise ConfigurationError(
+            f"the tap of an AlignedDenoiser is {describe_value(tap)}, but must be a path such as "
+            "'transformer_blocks.7' or a dict {name: path}."
+        )
+    return dict(paths)
+
+
+def _check_grid(grid: Any) -> Grid:
+    is_pair = isinstance(grid, tuple | list) and len(grid) == 2
+    if not is_pair or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in grid):
+        raise ConfigurationError(
+            f"the grid of an AlignedDenoiser is {describe_value(grid)}, but must be two positive whole numbers "
+            "(rows, columns)."
+        )
+    return (grid[0], grid[1])
+
+
+def _check_prefix(number: Any) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ConfigurationError(
+            f"num_prefix_tokens of an AlignedDenoiser is {describe_value(number)}, but must be a whole number of "
+            "at least 0."
+        )
+    return number
 
 
 def infer_grid(num_tokens: int, height: int, width: int) -> Grid | None:
@@ -245,6 +290,11 @@ def _module_dict(projector: nn.Module | Mapping[str, nn.Module]) -> nn.ModuleDic
     """
     if isinstance(projector, nn.ModuleDict):
         return projector
+    if not isinstance(projector, nn.Module | Mapping):
+        raise ConfigurationError(
+            f"the projector of an AlignedDenoiser is a {type(projector).__name__}, but must be a module such as "
+            "MLPProjector(1152, 768) or a dict {name: module}."
+        )
     named = {DEFAULT: projector} if isinstance(projector, nn.Module) else dict(projector)
     try:
         return nn.ModuleDict(named)
@@ -253,6 +303,17 @@ def _module_dict(projector: nn.Module | Mapping[str, nn.Module]) -> nn.ModuleDic
             f"the projectors {list(named)} cannot be registered ({' '.join(str(error).split())}): give modules, and "
             "names without dots."
         ) from None
+
+
+def _feature_pairs(features: Any) -> list[FeatureKey]:
+    """A list of (tap, projector) pairs; a string or a single pair is an iterable too, but of something else."""
+    pairs = features if isinstance(features, str) or not isinstance(features, Iterable) else list(features)
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise ConfigurationError(
+            f"the features of an AlignedDenoiser are {describe_value(features)}, but must be a list of (tap, "
+            "projector) pairs such as [('default', 'default')]."
+        )
+    return [(tap, projector) for tap, projector in pairs]
 
 
 def _default_features(taps: list[str], projectors: list[str]) -> list[FeatureKey]:

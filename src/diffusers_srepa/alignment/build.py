@@ -36,7 +36,7 @@ from diffusers_srepa.alignment.schedule import (
     as_schedule,
 )
 from diffusers_srepa.alignment.spatial_norm import SpatialNorm
-from diffusers_srepa.alignment.term import AlignmentTerm, Tap
+from diffusers_srepa.alignment.term import AlignmentTerm, Tap, describe_value
 from diffusers_srepa.errors import ConfigurationError, close_matches
 from diffusers_srepa.tokens import TokenMap
 
@@ -76,7 +76,7 @@ def build_objective(literal: str | Mapping[str, Any] | AlignmentObjective) -> Al
     Raises:
         ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
     """
-    return _build("objective", literal, OBJECTIVES)
+    return _checked("objective", _build("objective", literal, OBJECTIVES), AlignmentObjective, OBJECTIVES)
 
 
 def build_projector(literal: str | Mapping[str, Any] | nn.Module, in_dim: int, out_dim: int) -> nn.Module:
@@ -85,7 +85,8 @@ def build_projector(literal: str | Mapping[str, Any] | nn.Module, in_dim: int, o
     Raises:
         ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
     """
-    return _build("projector", literal, PROJECTORS, in_dim=in_dim, out_dim=out_dim)
+    projector = _build("projector", literal, PROJECTORS, in_dim=in_dim, out_dim=out_dim)
+    return _checked("projector", projector, nn.Module, PROJECTORS)
 
 
 def load_projector(folder: str | Path) -> nn.Module:
@@ -114,8 +115,15 @@ def build_schedule(literal: float | str | Mapping[str, Any] | Sequence[Any] | Sc
     if isinstance(literal, Mapping) and literal.get("name") == Product.name:
         _check_keys("schedule 'product'", {key: literal[key] for key in literal if key != "name"}, Product)
         literal = literal["factors"]
+        if isinstance(literal, str) or not isinstance(literal, Sequence):
+            raise ConfigurationError(f"the factors of the schedule 'product' are {literal!r}, but must be a list.")
     if isinstance(literal, Sequence) and not isinstance(literal, str):
         return Product(tuple(build_schedule(factor) for factor in literal))
+    if isinstance(literal, str) and _is_number(literal):
+        # YAML reads 1e-3 as text; 1.0e-3 is a number there.
+        raise ConfigurationError(
+            f"the weight {literal!r} is text: write the number without quotes and with a point, as in 0.5 or 1.0e-3."
+        )
     if isinstance(literal, str | Mapping):
         return _build("schedule", literal, SCHEDULES)
     return as_schedule(literal)
@@ -127,7 +135,15 @@ def build_target_transform(literal: str | Mapping[str, Any] | TokenTransform | N
     Raises:
         ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
     """
-    return None if literal is None else _build("target_transform", literal, TARGET_TRANSFORMS)
+    if literal is None:
+        return None
+    transform = _build("target_transform", literal, TARGET_TRANSFORMS)
+    if not callable(transform) or isinstance(transform, type):
+        raise ConfigurationError(
+            f"the target_transform is {describe_value(transform)}, but must be one of "
+            f"{', '.join(TARGET_TRANSFORMS)}, a mapping with the key name, or a function of a TokenMap."
+        )
+    return transform
 
 
 def build_terms(
@@ -144,6 +160,11 @@ def build_terms(
     Raises:
         ConfigurationError: an unknown name or argument, close ones given, or a value that cannot work.
     """
+    if not isinstance(literals, Mapping):
+        raise ConfigurationError(
+            f"the alignment terms are {describe_value(literals)}, but must be a mapping such as "
+            "{cosine: 1.0} of names to terms."
+        )
     terms = {}
     for name, literal in literals.items():
         terms[name] = _build_term(name, literal)
@@ -155,6 +176,8 @@ def build_terms(
 def _build_term(name: str, literal: Any) -> AlignmentTerm:
     if isinstance(literal, AlignmentTerm):
         return literal
+    if not isinstance(name, str):
+        raise ConfigurationError(f"the alignment term {name!r} has no name: the keys of the terms must be text.")
     if not isinstance(literal, Mapping):
         literal = {"weight": literal}
     arguments: dict[str, Any] = {"objective": name, **literal}
@@ -177,7 +200,7 @@ def _build_tap(name: str, literal: Mapping[str, Any]) -> Tap:
             f"the target of the alignment term {name!r} is {dict(literal)}, but must have the key tap and may have "
             "detach and projector."
         )
-    return Tap(literal["tap"], bool(literal.get("detach", True)), literal.get("projector"))
+    return Tap(literal["tap"], literal.get("detach", True), literal.get("projector"))
 
 
 def _build(kind: str, literal: Any, registry: Mapping[str, type], **given: Any) -> Any:
@@ -193,6 +216,11 @@ def _build(kind: str, literal: Any, registry: Mapping[str, type], **given: Any) 
     if not isinstance(name, str) or name not in registry:
         raise ConfigurationError(f"the {kind} {name!r} is unknown: {_hint(str(name), registry)}.")
     arguments.pop("name")
+    for key in given:
+        if key in arguments:
+            raise ConfigurationError(
+                f"the {kind} {name!r} sets {key!r}, which follows from the student and its teacher: leave it out."
+            )
     _check_keys(f"{kind} {name!r}", arguments | given, registry[name], given=given)
     try:
         return registry[name](**arguments, **given)
@@ -201,6 +229,24 @@ def _build(kind: str, literal: Any, registry: Mapping[str, type], **given: Any) 
             raise
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(f"the {kind} {name!r} cannot be built: {reason}.") from error
+
+
+def _checked(kind: str, found: Any, wanted: type, registry: Mapping[str, type]) -> Any:
+    """What a literal stood for, or the object itself, if it is a `wanted`."""
+    if isinstance(found, wanted):
+        return found
+    raise ConfigurationError(
+        f"the {kind} is {describe_value(found)}, but must be one of {', '.join(registry)}, a mapping with "
+        f"the key name, or an object of the class {wanted.__name__}."
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_keys(kind: str, literal: Mapping[str, Any], target: type, given: Mapping[str, Any] | None = None) -> None:

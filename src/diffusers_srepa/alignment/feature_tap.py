@@ -113,8 +113,10 @@ def split_index(path: str) -> tuple[str, int | None]:
     """`"blocks.7:1"` as `("blocks.7", 1)`, `"blocks.7"` as `("blocks.7", None)`.
 
     Raises:
-        ConfigurationError: what follows the colon is no number.
+        ConfigurationError: it is no text, or what follows the colon is no number.
     """
+    if not isinstance(path, str):
+        raise ConfigurationError(f"the tap is {path!r}, but must be a path such as 'transformer_blocks.7'.")
     name, colon, index = path.partition(":")
     if colon and not index.isdecimal():
         raise ConfigurationError(

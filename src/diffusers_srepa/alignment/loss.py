@@ -9,7 +9,7 @@ import torch
 
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
 from diffusers_srepa.alignment.schedule import Schedule
-from diffusers_srepa.alignment.term import DEFAULT, AlignmentTerm, FeatureKey, Tap, describe_feature
+from diffusers_srepa.alignment.term import DEFAULT, AlignmentTerm, FeatureKey, Tap, describe_feature, describe_value
 from diffusers_srepa.errors import ConfigurationError, close_matches
 from diffusers_srepa.tokens import TeacherFeatures, TokenMap, resize_token_map
 
@@ -42,10 +42,15 @@ class AlignmentLoss:
             and one projector.
 
     Raises:
-        ConfigurationError: an entry is neither.
+        ConfigurationError: it is no mapping, or an entry is neither.
     """
 
     def __init__(self, terms: Mapping[str, AlignmentTerm | tuple[AlignmentObjective, float | Schedule]]) -> None:
+        if not isinstance(terms, Mapping):
+            raise ConfigurationError(
+                f"the terms of an AlignmentLoss are {describe_value(terms)}, but must be a dict such as "
+                "{'cosine': (CosineAlignment(), 1.0)}."
+            )
         self.terms = {name: _as_term(name, term) for name, term in terms.items()}
 
     def active_terms(self, step: float = 0) -> dict[str, AlignmentTerm]:
@@ -81,10 +86,11 @@ class AlignmentLoss:
             step (`float`): optimiser steps made so far.
 
         Raises:
-            ConfigurationError: a feature or teacher that a term names is missing, or grids or prefix tokens do
-                not fit.
+            ConfigurationError: an argument of another kind, a feature or teacher that a term names is missing, or
+                grids or prefix tokens do not fit.
             ValueError: what the objective itself refuses.
         """
+        _check_call(tokens, targets, step)
         active = self.active_terms(step)
         teachers = self._name_teachers(targets, step)
         values = {name: _value(name, term, tokens, teachers) for name, term in active.items()}
@@ -110,13 +116,36 @@ class AlignmentLoss:
         return {names[0]: targets}
 
 
+def _check_call(tokens: object, targets: object, step: object) -> None:
+    if not isinstance(tokens, Mapping) or not all(isinstance(value, TokenMap) for value in tokens.values()):
+        raise ConfigurationError(
+            f"the student's tokens are {_kind(tokens)}, but must be the dict of TokenMaps that an AlignedDenoiser "
+            "returns beside its velocity: pass its second output, or {('default', 'default'): TokenMap(tokens, grid)}."
+        )
+    named = targets if isinstance(targets, Mapping) else {DEFAULT: targets}
+    if targets is not None and not all(isinstance(value, TeacherFeatures) for value in named.values()):
+        raise ConfigurationError(
+            f"the targets are {_kind(targets)}, but must be what a Teacher returns, or a dict of that by the "
+            "teacher's name: pass teacher(images), or TeacherFeatures(patch_tokens, grid)."
+        )
+    if isinstance(step, bool) or not isinstance(step, int | float) or not step >= 0:
+        raise ConfigurationError(f"the step is {step!r}, but must be the number of optimiser steps made so far, >= 0.")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict of {', '.join(sorted({type(entry).__name__ for entry in value.values()}))}"
+    return f"a {type(value).__name__}"
+
+
 def _as_term(name: str, term: AlignmentTerm | tuple[AlignmentObjective, float | Schedule]) -> AlignmentTerm:
     if isinstance(term, AlignmentTerm):
         return term
     if isinstance(term, tuple) and len(term) == 2:
         return AlignmentTerm(*term)
     raise ConfigurationError(
-        f"the alignment term {name!r} is {term!r}, but must be an AlignmentTerm or a pair (objective, weight)."
+        f"the alignment term {name!r} is {describe_value(term)}, but must be an AlignmentTerm or a pair (objective, "
+        "weight)."
     )
 
 
@@ -187,6 +216,11 @@ def _fit_target(name: str, term: AlignmentTerm, student: TokenMap, target: Token
         target = resize_token_map(target, student.grid, term.resample)
     if term.target_transform is not None:
         target = term.target_transform(target)
+        if not isinstance(target, TokenMap):
+            raise ConfigurationError(
+                f"the target_transform of the alignment term {name!r} returns a {type(target).__name__}, but must "
+                "return a TokenMap: use TokenMap.with_tokens."
+            )
     if tuple(target.grid) != tuple(student.grid):
         raise ConfigurationError(
             f"the alignment term {name!r} compares token by token, but the student's grid is {_grid(student)} and the "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -42,6 +42,7 @@ class MLPProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048) -> None:
         super().__init__()
         _check_positive(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim)
+        self.in_dim = in_dim
         self.layers = nn.Sequential(
             nn.Linear(in_dim, hidden_dim),
             nn.SiLU(),
@@ -58,8 +59,12 @@ class MLPProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 _initialize_linear(layer)
 
     def forward(self, tokens: Tokens) -> Tokens:
-        """Tokens of shape `(B, P + N, in_dim)` to `(B, P + N, out_dim)`, a `TokenMap` or a tensor."""
-        return _per_token(self.layers, tokens)
+        """Tokens of shape `(B, P + N, in_dim)` to `(B, P + N, out_dim)`, a `TokenMap` or a tensor.
+
+        Raises:
+            ValueError: they are neither, or have another width.
+        """
+        return _per_token(self, self.layers, tokens)
 
 
 class LinearProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -76,6 +81,7 @@ class LinearProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         _check_positive(in_dim=in_dim, out_dim=out_dim)
+        self.in_dim = in_dim
         self.linear = nn.Linear(in_dim, out_dim)
         self.initialize_weights()
 
@@ -84,8 +90,12 @@ class LinearProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
         _initialize_linear(self.linear)
 
     def forward(self, tokens: Tokens) -> Tokens:
-        """Tokens of shape `(B, P + N, in_dim)` to `(B, P + N, out_dim)`, a `TokenMap` or a tensor."""
-        return _per_token(self.linear, tokens)
+        """Tokens of shape `(B, P + N, in_dim)` to `(B, P + N, out_dim)`, a `TokenMap` or a tensor.
+
+        Raises:
+            ValueError: they are neither, or have another width.
+        """
+        return _per_token(self, self.linear, tokens)
 
 
 class ConvProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -106,6 +116,7 @@ class ConvProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int = 3) -> None:
         super().__init__()
         _check_positive(in_dim=in_dim, out_dim=out_dim, kernel_size=kernel_size)
+        self.in_dim = in_dim
         if kernel_size % 2 == 0:
             raise ConfigurationError(
                 f"the projector's kernel_size is {kernel_size}, but must be odd, so that the grid keeps its size."
@@ -120,10 +131,11 @@ class ConvProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """A `TokenMap` of width `in_dim` to one of patch tokens `(B, N, out_dim)` on the same grid.
 
         Raises:
-            ValueError: plain tokens without a grid are given.
+            ValueError: plain tokens without a grid are given, or tokens of another width.
         """
         if not isinstance(tokens, TokenMap):
             raise ValueError("a ConvProjector needs the token grid: call it with a TokenMap, not with plain tokens.")
+        _check_width(self, tokens.tokens)
         return TokenMap.from_map(self.conv(tokens.patch_map()))
 
 
@@ -180,10 +192,26 @@ def saved_class_name(folder: Path) -> str | None:
         raise ConfigurationError(f"{file} is no valid JSON: give the folder of a saved projector.") from None
 
 
-def _per_token(layer: nn.Module, tokens: Tokens) -> Tokens:
+def _per_token(projector: nn.Module, layer: nn.Module, tokens: Tokens) -> Tokens:
     if isinstance(tokens, TokenMap):
+        _check_width(projector, tokens.tokens)
         return tokens.with_tokens(layer(tokens.tokens))
+    if not isinstance(tokens, torch.Tensor):
+        raise ValueError(
+            f"a {type(projector).__name__} takes a TokenMap or a tensor of tokens (B, N, D), but got a "
+            f"{type(tokens).__name__}."
+        )
+    _check_width(projector, tokens)
     return layer(tokens)
+
+
+def _check_width(projector: Any, tokens: torch.Tensor) -> None:
+    """Raise unless the tokens are as wide as the projector was built for."""
+    if tokens.shape[-1] != projector.in_dim:
+        raise ValueError(
+            f"the {type(projector).__name__} was built for tokens of width {projector.in_dim}, but got tokens of "
+            f"shape {tuple(tokens.shape)}: set its in_dim to {tokens.shape[-1]}, or tap another module."
+        )
 
 
 def _initialize_linear(linear: nn.Linear) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusers_srepa.alignment.structural.normalize import compute_dtype
+from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.tokens import TokenMap
 
 
@@ -26,14 +27,17 @@ class SpatialNorm:
         alpha (`float`): the share of the mean that is removed.
 
     Raises:
-        ValueError: `alpha` is not finite.
+        ConfigurationError: `alpha` is no finite number.
     """
 
     alpha: float = 0.6
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"the alpha of the spatial norm must be a finite number, but is {self.alpha!r}.")
+        is_number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not is_number or not math.isfinite(self.alpha):
+            raise ConfigurationError(
+                f"the alpha of the spatial norm is {self.alpha!r}, but must be a finite number: change alpha."
+            )
 
     def __call__(self, token_map: TokenMap) -> TokenMap:
         """Normalise the patch tokens of `token_map`.
@@ -45,8 +49,13 @@ class SpatialNorm:
             `TokenMap`: same shape and grid, float32 (float64 if given).
 
         Raises:
-            ValueError: there are fewer than two patch tokens.
+            ValueError: it is no `TokenMap`, or there are fewer than two patch tokens.
         """
+        if not isinstance(token_map, TokenMap):
+            raise ValueError(
+                f"the spatial norm takes a TokenMap, but got a {type(token_map).__name__}: wrap tokens in "
+                "TokenMap(tokens, grid)."
+            )
         dtype = compute_dtype(token_map.tokens)
         patch_tokens = token_map.patch_tokens.to(dtype)
         if patch_tokens.shape[1] < 2:

@@ -27,11 +27,20 @@ class Tap:
         name (`str`): name of the tap.
         detach (`bool`, *optional*, defaults to True): keep the gradient from reaching the target.
         projector (`str`, *optional*): name of the projector behind the tap; by default the tokens themselves.
+
+    Raises:
+        ConfigurationError: a value of another type.
     """
 
     name: str
     detach: bool = True
     projector: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_name("the name of a Tap", self.name)
+        _check_name("the projector of a Tap", self.projector, optional=True)
+        if not isinstance(self.detach, bool):
+            raise ConfigurationError(f"the detach of a Tap is {self.detach!r}, but must be true or false.")
 
     @property
     def feature(self) -> FeatureKey:
@@ -71,8 +80,17 @@ class AlignmentTerm:
     def __post_init__(self) -> None:
         if not isinstance(self.objective, AlignmentObjective):
             raise ConfigurationError(
-                f"the objective of an alignment term is {self.objective!r}, but must be an AlignmentObjective such as "
-                "CosineAlignment()."
+                f"the objective of an alignment term is {describe_value(self.objective)}, but must be an "
+                "AlignmentObjective such as CosineAlignment()."
+            )
+        _check_name("the tap of an alignment term", self.tap)
+        _check_name("the projector of an alignment term", self.projector, optional=True)
+        if not isinstance(self.target, Tap):
+            _check_name("the target of an alignment term", self.target, optional=True, other=" or a Tap")
+        if self.target_transform is not None and not _is_function(self.target_transform):
+            raise ConfigurationError(
+                f"the target_transform of an alignment term is {describe_value(self.target_transform)}, but must be a "
+                "function of a TokenMap such as SpatialNorm()."
             )
         self.weight = as_schedule(self.weight)
         if not self.objective.needs_target:
@@ -123,6 +141,23 @@ class AlignmentTerm:
     def stopped(self, step: float) -> bool:
         """Whether the term's weight is 0 at `step` and for ever after."""
         return self.schedule.stopped(step)
+
+
+def _check_name(what: str, name: object, optional: bool = False, other: str = "") -> None:
+    if not isinstance(name, str) and not (optional and name is None):
+        choices = "a name" + other + (" or None" if optional else "")
+        raise ConfigurationError(f"{what} is {describe_value(name)}, but must be {choices}.")
+
+
+def _is_function(value: object) -> bool:
+    """Whether it can be called as it is; classes (an instance forgotten) and objectives would be called in vain."""
+    return callable(value) and not isinstance(value, type | AlignmentObjective)
+
+
+def describe_value(value: object) -> str:
+    """A wrong value for a sentence: as it is written in Python if that is short, else its type."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def describe_feature(key: FeatureKey) -> str:

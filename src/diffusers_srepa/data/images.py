@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Image
 
+from diffusers_srepa.data.faults import is_outage, one_line
 from diffusers_srepa.data.transforms import training_crop
 from diffusers_srepa.errors import DataError
 
@@ -30,16 +31,19 @@ def read_crop(cell: Any, size: int, tokens: Mapping[str, Any] | None = None) -> 
 
     Raises:
         DataError: there is no image, or its file cannot be decoded; the sentence begins with "it".
-        ConnectionError, TimeoutError: a remote file cannot be reached, which says nothing about the image.
+        ConnectionError: network, server or machine failed, which says nothing about the image.
+        MemoryError: there is too little memory to decode it.
     """
     stored = _stored(cell)
     if stored is None:
         raise DataError("it holds no image.")
     try:
         return training_crop(_DECODER.decode_example(stored, token_per_repo_id=dict(tokens or {})), size)
-    except (DataError, ConnectionError, TimeoutError, MemoryError):
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds of exceptions for broken files.
+        if is_outage(error):
+            raise ConnectionError(f"{_reason(error)}{_where(stored)}") from error
         raise DataError(f"it cannot be decoded{_where(stored)}: {_reason(error)}.") from error
 
 
@@ -59,5 +63,4 @@ def _where(stored: Mapping[str, Any]) -> str:
 
 def _reason(error: Exception) -> str:
     # Pillow names the buffer it read from by its address, which tells nobody anything.
-    text = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its bytes", " ".join(str(error).split()))
-    return text.rstrip(".") or type(error).__name__
+    return re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its bytes", one_line(error))

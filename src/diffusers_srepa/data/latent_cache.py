@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from diffusers_srepa.data.image_dataset import ImageDataset
 from diffusers_srepa.data.latent_store import LAYOUT_FILE, CacheLayout, LatentCache, shard_file
+from diffusers_srepa.data.loading import read_batches
 from diffusers_srepa.errors import ConfigurationError, DataError
 from diffusers_srepa.latents.codec import LatentCodec
 
@@ -93,8 +94,6 @@ def cache_latents(
                 writer.add(rows, _encode(codec, crops.to(device), layout), readable)
                 progress.update(len(rows))
         return _finish(folder, layout)
-    except (ConnectionError, TimeoutError):
-        raise  # About remote images, not about the cache's own files.
     except OSError as error:
         raise DataError(
             f"the latent cache in {folder} could not be written ({error.strerror or error}): free space or choose "
@@ -175,7 +174,8 @@ def _batches(
     for shard in shards:
         rows = list(layout.rows_of(shard))
         batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    for rows, crops, readable in DataLoader(_Crops(dataset), batch_sampler=batches, num_workers=num_workers):
+    loader = DataLoader(_Crops(dataset), batch_sampler=batches, num_workers=num_workers)
+    for rows, crops, readable in read_batches(loader, "run the same command again, which keeps the finished shards"):
         yield rows.tolist(), crops, readable
 
 

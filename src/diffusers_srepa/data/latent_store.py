@@ -2,8 +2,7 @@
 
 A cache is a folder of `shard_00000.bin, ...` and one `latents.json`. A shard holds `shard_rows` rows one after the
 other (the last shard what is left), each `copies x 2C x h x w` numbers of one dtype: mean and standard deviation of
-    the
-latent, then the same of the mirrored image where the cache has it. Rows are read by number through a memory map.
+the latent, then the same of the mirrored image where the cache has it. Rows are read by number through a memory map.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from diffusers_srepa.data.faults import one_line
 from diffusers_srepa.data.fingerprint import same_images
 from diffusers_srepa.data.transforms import CROP_RULE
 from diffusers_srepa.errors import ConfigurationError, DataError
@@ -195,6 +195,7 @@ class LatentCache:
 
         Raises:
             DataError: the image of `row` could not be read when the cache was written.
+            ConfigurationError: a file of the cache has gone since it was opened.
         """
         if row in self.unreadable:
             raise DataError(f"the image of row {row} of the dataset was unreadable when its latent was cached.")
@@ -203,13 +204,16 @@ class LatentCache:
 
     def _shard(self, shard: int) -> np.ndarray:
         if shard not in self._shards:
-            layout = self.layout
-            self._shards[shard] = np.memmap(
-                shard_file(self.folder, shard),
-                dtype=layout.dtype,
-                mode="r",
-                shape=(len(layout.rows_of(shard)), layout.copies, *layout.shape),
-            )
+            layout, path = self.layout, shard_file(self.folder, shard)
+            shape = (len(layout.rows_of(shard)), layout.copies, *layout.shape)
+            try:
+                self._shards[shard] = np.memmap(path, dtype=layout.dtype, mode="r", shape=shape)
+            except (OSError, ValueError) as error:
+                # Not a DataError, for which another row would step in, and another for each of its thousands.
+                raise ConfigurationError(
+                    f"{path} of the latent cache cannot be read any more ({one_line(error)}): bring it back, or write "
+                    "the cache again with diffusers-srepa cache-latents (option data.latent_cache)."
+                ) from error
         return self._shards[shard]
 
     def _check_files(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from diffusers_srepa.data.faults import one_line
 from diffusers_srepa.errors import ConfigurationError
 
 
@@ -84,7 +85,7 @@ def _load(
         raise
     except Exception as error:  # The loaders of the library raise whatever their file formats and transports raise.
         configuration = f", configuration {kwargs['name']}" if kwargs["name"] else ""
-        reason = _one_line(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error)
         raise ConfigurationError(
             f"the dataset {asked_for}{configuration}, split {split} cannot be opened ({reason}): change data.dataset, "
             "data.name or data.split."
@@ -112,7 +113,7 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise ConfigurationError(
-            f"the dataset saved in {path} cannot be opened ({_one_line(error)}): change data.dataset."
+            f"the dataset saved in {path} cannot be opened ({one_line(error)}): change data.dataset."
         ) from error
     if isinstance(saved, DatasetDict):
         if split not in saved:
@@ -128,8 +129,3 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
 
 def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".: ") or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."

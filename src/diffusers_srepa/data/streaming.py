@@ -1,10 +1,10 @@
 """A dataset of training crops that is read as a stream, without downloading it first.
 
 Every process reads a part of its own, the same in every epoch: whole shards where they divide evenly among the
-    processes,
-else every P-th row. The order of the shards depends on (seed, epoch); the rows of a shard arrive in their order, are
-collected in blocks of fixed size, and each block is permuted by a key of its own. So the place in the stream is a
-number of rows, and a resumed run finds it by counting, exactly as long as the number of processes stays the same.
+processes, else every P-th row. The order of the shards depends on (seed, epoch); the rows of a shard arrive in their
+order, are collected in blocks of fixed size, and each block is permuted by a key of its own. So the place in the
+stream is a number of rows, and a resumed run finds it by counting, exactly as long as the number of processes stays
+the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +22,11 @@ from datasets import IterableDataset as RowStream
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffusers_srepa.data.columns import class_names, is_string, read_label
+from diffusers_srepa.data.faults import one_line
 from diffusers_srepa.data.fingerprint import stream_fingerprint
-from diffusers_srepa.data.image_dataset import OnBadImage
+from diffusers_srepa.data.image_dataset import MAX_REPLACEMENTS, OnBadImage
 from diffusers_srepa.data.images import read_crop
+from diffusers_srepa.data.loading import RESUME
 from diffusers_srepa.data.order import BatchLayout, check_steps, is_flipped, keyed_permutation
 from diffusers_srepa.errors import ConfigurationError, DataError
 
@@ -36,13 +39,27 @@ BLOCK_ROWS = 1_000
 _FEW_SHARDS = 8
 
 
+@dataclass
+class _Block:
+    """Consecutive raw rows of an epoch, the first of them being its row `start`.
+
+    Args:
+        substitute: the item for every row, once it is known that none of them can be used.
+    """
+
+    epoch: int
+    start: int
+    rows: list[dict[str, Any]]
+    substitute: dict[str, Any] | None = None
+
+
 class StreamingImages(IterableDataset):
     """Training crops of a stream; `load_image_dataset(..., streaming=True)` builds it.
 
     Items are those of `ImageDataset` without moments; `index` counts the rows that this process read in the epoch.
     Call `set_position` first, then read it through `DataLoader(stream, batch_size=micro_batch_size,
     collate_fn=collate)` with 0 or 1 workers. An unreadable row, or one without a label, is replaced by the next
-    readable row of its block.
+    readable row of its block, or of what follows a block that has none.
 
     Attributes:
         num_classes (`int`, *optional*): number of classes where the stream declares it; 1 without labels.
@@ -123,7 +140,10 @@ class StreamingImages(IterableDataset):
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the stream as far as it is known without reading it; computed on first use."""
-        return stream_fingerprint(self._rows, self.name, self.image_column, self.label_column)
+        try:
+            return stream_fingerprint(self._rows, self.name, self.image_column, self.label_column)
+        except Exception as error:
+            raise self._unreadable(error) from error
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -136,29 +156,29 @@ class StreamingImages(IterableDataset):
         first = self.start_step * layout.samples_per_step
         last = None if self.num_steps is None else first + self.num_steps * layout.samples_per_step
         places = range(first, last) if last is not None else itertools.count(first)
-        for place, (block, start, chosen) in zip(places, self._choices(first), strict=False):
+        for place, (block, chosen) in zip(places, self._choices(first), strict=False):
             step, in_step = divmod(place, layout.samples_per_step)
-            micro_batch, in_micro_batch = divmod(in_step, layout.micro_batch_size)
-            position = layout.positions(micro_batch)[in_micro_batch]
-            item = self._first_readable(block, start, chosen)
+            # Independent of the micro-batches, which are cut from one sequence here: they may change between runs.
+            position = layout.process_index * layout.samples_per_step + in_step
+            item = self._first_readable(block, chosen)
             if self.horizontal_flip and is_flipped(self.seed, step, position):
                 item["pixel_values"] = item["pixel_values"].flip(-1)
             yield item | {"step": step, "position": position}
 
-    def _choices(self, count: int) -> Iterator[tuple[list[dict[str, Any]], int, int]]:
-        """Blocks, the number of their first row, and the row of the block to use, from the `count`-th sample on."""
+    def _choices(self, count: int) -> Iterator[tuple[_Block, int]]:
+        """Blocks, and the row of the block to use, from the `count`-th sample on."""
         epoch, remaining = divmod(count, self._rows_per_epoch) if self._rows_per_epoch else (0, count)
         while True:
             first_block, within = divmod(remaining, self.block_rows)
             rows = self._epoch(epoch)
             total = sum(1 for _ in itertools.islice(rows, first_block * self.block_rows))
             for number in itertools.count(first_block):
-                block = list(itertools.islice(rows, self.block_rows))
+                block = _Block(epoch, total, list(itertools.islice(rows, self.block_rows)))
                 key = (self.seed, "block", epoch, self.layout.process_index, number)
-                for chosen in keyed_permutation(len(block), *key)[within:].tolist():
-                    yield block, total, chosen
-                total, within = total + len(block), 0
-                if len(block) < self.block_rows:
+                for chosen in keyed_permutation(len(block.rows), *key)[within:].tolist():
+                    yield block, chosen
+                total, within = total + len(block.rows), 0
+                if len(block.rows) < self.block_rows:
                     break
             if total == 0:
                 raise DataError(
@@ -179,22 +199,56 @@ class StreamingImages(IterableDataset):
         shards = shards or range(stream.num_shards)
         order = keyed_permutation(len(shards), self.seed, "shards", epoch).tolist()
         rows = itertools.chain.from_iterable(stream.shard(stream.num_shards, shards[number]) for number in order)
-        return rows if by_shards else itertools.islice(rows, layout.process_index, None, layout.num_processes)
+        try:
+            yield from rows if by_shards else itertools.islice(rows, layout.process_index, None, layout.num_processes)
+        except Exception as error:
+            raise self._unreadable(error) from error
 
-    def _first_readable(self, block: list[dict[str, Any]], start: int, chosen: int) -> dict[str, Any]:
-        for replaced in range(len(block)):
-            place = (chosen + replaced) % len(block)
-            try:
-                return self._item(block[place]) | {"index": start + place, "replaced": replaced}
-            except DataError as error:
-                message = f"row {start + place} of the stream is unusable, {error}"
-                if self.on_bad_image == "raise":
-                    raise DataError(f"{message.rstrip('.')}: repair it, or set data.on_bad_image to skip.") from error
-                logger.warning(f"{message} The next readable row takes its place.")
-        raise DataError(
-            f"none of the {len(block)} rows of the stream from row {start} on can be used, so it is given up: see the "
-            "warnings above (option data.dataset)."
+    def _unreadable(self, error: Exception) -> DataError:
+        # The readers of the library raise whatever their file formats and transports raise.
+        return DataError(
+            f"the stream {self.name} cannot be read any further ({one_line(error)}): see to the network and to its "
+            f"files (option data.dataset), and {RESUME}."
         )
+
+    def _first_readable(self, block: _Block, chosen: int) -> dict[str, Any]:
+        length = len(block.rows)
+        for replaced in range(length if block.substitute is None else 0):
+            place = (chosen + replaced) % length
+            item = self._try(block.rows[place], block.start + place)
+            if item is not None:
+                return item | {"replaced": replaced}
+        if block.substitute is None:
+            block.substitute = self._first_readable_after(block)
+        # A copy, because its pixels may be flipped.
+        return dict(block.substitute)
+
+    def _first_readable_after(self, block: _Block) -> dict[str, Any]:
+        """What takes the place of every row of a block without a readable one: the next rows of this process."""
+        length = len(block.rows)
+        later = itertools.islice(enumerate(self._epoch(block.epoch)), block.start + length, None)
+        following = itertools.chain(later, enumerate(self._epoch(block.epoch + 1)))
+        tried = length
+        for number, row in itertools.islice(following, max(0, MAX_REPLACEMENTS - length)):
+            item = self._try(row, number)
+            if item is not None:
+                return item | {"replaced": tried}
+            tried += 1
+        raise DataError(
+            f"none of the {tried} rows of the stream from row {block.start} on can be used, so it is given up: see "
+            "the warnings above (option data.dataset)."
+        )
+
+    def _try(self, row: dict[str, Any], number: int) -> dict[str, Any] | None:
+        """The item of a row, or None if it cannot be used."""
+        try:
+            return self._item(row) | {"index": number}
+        except DataError as error:
+            message = f"row {number} of the stream is unusable, {error}"
+            if self.on_bad_image == "raise":
+                raise DataError(f"{message.rstrip('.')}: repair it, or set data.on_bad_image to skip.") from error
+            logger.warning(f"{message} The next readable row takes its place.")
+            return None
 
     def _item(self, row: dict[str, Any]) -> dict[str, Any]:
         label = (

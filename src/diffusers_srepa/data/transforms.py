@@ -55,8 +55,18 @@ def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
 
     Returns:
         `PIL.Image.Image`: `size` x `size`, in the mode of `image`.
+
+    Raises:
+        DataError: it is so much longer than wide that resizing it would take more pixels than Pillow agrees to open.
     """
     geometry = crop_geometry(image.width, image.height, size)
+    # Pillow guards what a file unpacks to. A strip of one pixel's width passes, and grows by the square of the size.
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and geometry.size[0] * geometry.size[1] > 2 * most:
+        raise DataError(
+            f"it has {image.width} x {image.height} pixels, a strip that would be {geometry.size[0]} x "
+            f"{geometry.size[1]} pixels at a resolution of {size}."
+        )
     for _ in range(geometry.halvings):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     image = image.resize(geometry.size, Image.Resampling.BICUBIC)

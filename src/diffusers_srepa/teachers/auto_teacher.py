@@ -145,7 +145,7 @@ class Teacher(nn.Module):
         std = None if image_std is None else check_statistics(image_std, "image_std", path)
         tower, family = _load(source, weight_name, weights_dtype)
         if family.model_type != MOCO_V3 and (mean is None or std is None):
-            own_mean, own_std = load_statistics(path, source.hub_arguments, family)
+            own_mean, own_std = load_statistics(source, family)
             mean, std = mean or own_mean, std or own_std
         teacher = cls(tower, family, wanted_grid, image_mean=mean, image_std=std, layer=layer, name_or_path=path)
         return teacher
@@ -266,8 +266,20 @@ def _load(source: TeacherSource, weight_name: str | None, dtype: torch.dtype) ->
     if source.is_file:
         return load_moco_v3(source.name_or_path, dtype), TABLE[MOCO_V3]
     config = source.read_config() if weight_name is None else {}
-    if config.get("model_type"):
-        family = family_of(config["model_type"])
+    if "pretrained_cfg" in config:
+        # Plain ViTs of timm have MoCo-v3's names, but other numbers of heads, means and standard deviations.
+        raise ConfigurationError(
+            f"the teacher {source.name_or_path!r} is a checkpoint of timm ({config.get('architecture')!r}), which is "
+            f"not read: choose the repository of its transformers version, or give weight_name if it is MoCo-v3."
+        )
+    model_type = config.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise ConfigurationError(
+            f"the config.json of the teacher {source.name_or_path!r} says model_type {model_type!r}, which is no "
+            f"name: choose another teacher."
+        )
+    if model_type:
+        family = family_of(model_type)
         read_geometry(load_config(source), source.name_or_path)  # before gigabytes of weights are fetched
         return load_tower(source, family, dtype), family
     for candidate in (weight_name,) if weight_name else WEIGHT_NAMES:
@@ -276,7 +288,8 @@ def _load(source: TeacherSource, weight_name: str | None, dtype: torch.dtype) ->
             return load_moco_v3(path, dtype), TABLE[MOCO_V3]
     if weight_name:
         raise ConfigurationError(
-            f"the teacher {source.name_or_path!r} has no file {weight_name!r}: check weight_name."
+            f"the teacher {source.name_or_path!r} has no file {weight_name!r}: check weight_name (and, offline, that "
+            f"it was downloaded before)."
         )
     raise ConfigurationError(
         f"the teacher {source.name_or_path!r} has no config.json that names a model_type, and no MoCo-v3 weights "

@@ -69,9 +69,15 @@ def check_grid(grid: Sequence[int]) -> Grid:
 
 def _square(patch_size: Any, name_or_path: str) -> int:
     sides = set(patch_size) if isinstance(patch_size, Sequence) else {patch_size}
+    if any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides) or not sides:
+        raise ConfigurationError(
+            f"the config of the teacher {name_or_path!r} says patch_size {patch_size!r}, but patches have a positive "
+            f"number of pixels: choose another teacher."
+        )
     if len(sides) != 1:
         raise ConfigurationError(
-            f"the teacher {name_or_path!r} has patches of {tuple(patch_size)} pixels, but they must be square."
+            f"the teacher {name_or_path!r} has patches of {tuple(patch_size)} pixels, but they must be square: choose "
+            f"another."
         )
     return int(sides.pop())
 

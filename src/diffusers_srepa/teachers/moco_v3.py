@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -117,9 +118,12 @@ def _read(path: Path) -> dict[str, Any]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no checkpoint fails in as many ways as there are bytes
+        # What torch says about pickles is a page of advice, which ends in switching the protection off.
+        is_pickle = isinstance(error, UnpicklingError)
+        reason = "it holds other objects, or is no checkpoint" if is_pickle else first_line(error)
         raise ConfigurationError(
-            f"the MoCo-v3 weights {str(path)!r} cannot be read as tensors only ({first_line(error)}): give a "
-            f".safetensors file or a checkpoint without pickled objects."
+            f"the MoCo-v3 weights {str(path)!r} cannot be read as tensors only ({reason}): give a .safetensors file "
+            f"or a checkpoint without pickled objects."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -134,8 +138,8 @@ def _bare_state_dict(state_dict: dict[str, Any], origin: str) -> dict[str, torch
     prefixes.sort(key=lambda prefix: ("momentum" in prefix, len(prefix)))
     if not prefixes:
         raise ConfigurationError(
-            f"{origin!r} does not hold a plain ViT in timm's naming (no {PATCH_WEIGHT}): a teacher without a "
-            f"config.json that names its model_type can only be MoCo-v3 weights."
+            f"{origin!r} does not hold a plain ViT in timm's naming (no {PATCH_WEIGHT}): a weights file, "
+            f"weight_name and a config.json without model_type are for MoCo-v3 alone."
         )
     names = {key.removeprefix(prefixes[0]): key for key in state_dict if key.startswith(prefixes[0])}
     return {name: state_dict[key] for name, key in names.items() if name.split(".")[0] not in ("head", "fc")}

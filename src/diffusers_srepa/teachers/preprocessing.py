@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.image_processing_base import ImageProcessingMixin
 
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.teachers.families import Statistics, TeacherFamily
-from diffusers_srepa.teachers.source import first_line
+from diffusers_srepa.teachers.source import TeacherSource
 
 
 logger = logging.getLogger(__name__)
+
+PROCESSOR_FILE = "preprocessor_config.json"
+JOINT_PROCESSOR_FILE = "processor_config.json"
 
 # Room for rounding in half precision, not for images in another range.
 RANGE_TOLERANCE = 0.01
@@ -37,6 +39,8 @@ def check_images(images: torch.Tensor, grid: tuple[int, int]) -> None:
         raise ValueError(
             f"images must be float in [0, 1], but have dtype {images.dtype}: convert with images.float() / 255."
         )
+    if images.numel() == 0:
+        raise ValueError(f"images must not be empty, but have shape {tuple(images.shape)}: give at least one.")
     height, width = images.shape[2:]
     if height * grid[1] != width * grid[0]:
         raise ValueError(
@@ -75,29 +79,37 @@ def normalize_images(images: torch.Tensor, mean: Statistics, std: Statistics) ->
     return torch.stack(channels, dim=1)
 
 
-def load_statistics(
-    name_or_path: str, hub_arguments: dict[str, Any], family: TeacherFamily
-) -> tuple[Statistics, Statistics]:
+def load_statistics(source: TeacherSource, family: TeacherFamily) -> tuple[Statistics, Statistics]:
     """Mean and standard deviation from the repository's image processor, or the row's where there is none.
 
     Only the JSON file is read: building the processor would need torchvision for some families.
 
     Raises:
-        ConfigurationError: the file holds something else than three numbers each.
+        ConfigurationError: the file cannot be read or fetched, or holds something else than three numbers each.
     """
-    try:
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_arguments)
-    except OSError as error:
+    processor = _read_processor(source)
+    if processor is None:
         logger.warning(
-            "no image processor could be read from %r (%s): images are normalised with mean %s and std %s of %r.",
-            name_or_path,
-            first_line(error).split(". ")[0],
+            "no image processor (%s) is %s %r: images are normalised with mean %s and std %s of %r.",
+            PROCESSOR_FILE,
+            "in the cache of" if source.is_offline else "in",
+            source.name_or_path,
             family.image_mean,
             family.image_std,
             family.model_type,
         )
         return family.image_mean, family.image_std
-    return _statistics_of(processor, name_or_path, family)
+    return _statistics_of(processor, source.name_or_path, family)
+
+
+def _read_processor(source: TeacherSource) -> dict[str, Any] | None:
+    """The values of the image processor: a file of their own, or an entry of the file of all processors."""
+    path = source.find_file(JOINT_PROCESSOR_FILE)
+    joint = {} if path is None else source.read_json(path)
+    if isinstance(joint.get("image_processor"), dict):
+        return joint["image_processor"]
+    path = source.find_file(PROCESSOR_FILE)
+    return None if path is None else source.read_json(path)
 
 
 def _statistics_of(
@@ -109,7 +121,12 @@ def _statistics_of(
         mean = check_statistics(processor.get("image_mean", family.image_mean), "image_mean", name_or_path)
         std = check_statistics(processor.get("image_std", family.image_std), "image_std", name_or_path)
     # The processor's pixels are bytes times this factor, ours are bytes / 255: fold the ratio into mean and std.
-    factor = float(processor.get("rescale_factor") or 1 / 255) if processor.get("do_rescale", True) else 1.0
+    factor = (processor.get("rescale_factor") or 1 / 255) if processor.get("do_rescale", True) else 1.0
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ConfigurationError(
+            f"rescale_factor of {name_or_path!r} is {factor!r}, but must be a positive number: repair "
+            f"{PROCESSOR_FILE}, or give image_mean and image_std."
+        )
     scale = 255 * factor
     if math.isclose(scale, 1.0, rel_tol=1e-3):
         return mean, std
@@ -127,7 +144,9 @@ def check_statistics(values: Any, key: str, origin: str) -> Statistics:
         ) from None
     usable = all(math.isfinite(number) and (number > 0 or key != "image_std") for number in (red, green, blue))
     if not usable:
-        raise ConfigurationError(f"{key} of {origin!r} is {values!r}, with which no image can be normalised.")
+        raise ConfigurationError(
+            f"{key} of {origin!r} is {values!r}, with which no image can be normalised: give image_mean and image_std."
+        )
     return red, green, blue
 
 

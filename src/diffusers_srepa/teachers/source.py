@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from diffusers_srepa.errors import ConfigurationError
@@ -31,6 +33,16 @@ class TeacherSource:
     token: str | bool | None = None
     cache_dir: str | None = None
     local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name_or_path:
+            raise ConfigurationError("the teacher's name_or_path is empty: give a Hub id, a folder or a weights file.")
+        for key in ("subfolder", "revision"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, str):
+                raise ConfigurationError(
+                    f"the {key} of the teacher {self.name_or_path!r} is {value!r}, but must be text: change {key}."
+                )
 
     @property
     def hub_arguments(self) -> dict[str, Any]:
@@ -48,29 +60,74 @@ class TeacherSource:
         """Whether the path is a file of weights."""
         return Path(self.name_or_path).is_file()
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether it is on the Hub, which must not be asked: a file outside the cache may or may not exist."""
+        return (self.local_files_only or constants.HF_HUB_OFFLINE) and not Path(self.name_or_path).is_dir()
+
     def read_config(self) -> dict[str, Any]:
         """The content of `config.json`, empty where there is none.
 
         Raises:
-            ConfigurationError: the repository or folder cannot be read.
+            ConfigurationError: the repository or folder cannot be read, or the file is no mapping.
         """
-        try:
-            config, _ = PretrainedConfig.get_config_dict(self.name_or_path, **self.hub_arguments)
-        except (OSError, ValueError) as error:
-            raise self.failure(error) from error
-        return config
+        path = self._locate("config.json")
+        return {} if path is None else self.read_json(path)
 
-    def find_file(self, file_name: str) -> str | None:
-        """The local path of one file, downloaded if need be, or `None` where the repository does not have it.
+    def read_json(self, path: str) -> dict[str, Any]:
+        """The mapping in one JSON file of the repository.
 
         Raises:
-            ConfigurationError: the repository or folder cannot be read.
+            ConfigurationError: it is no valid JSON, or no mapping.
         """
-        arguments = self.hub_arguments | {"_raise_exceptions_for_missing_entries": False}
         try:
-            return cached_file(self.name_or_path, file_name, **arguments)
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"{Path(path).name} of the teacher {self.name_or_path!r} is not a valid JSON file "
+                f"({first_line(error)}): repair it, or choose another teacher."
+            ) from error
+        if not isinstance(content, dict):
+            raise ConfigurationError(
+                f"{Path(path).name} of the teacher {self.name_or_path!r} holds a {type(content).__name__}, but must "
+                f"hold a mapping: repair it, or choose another teacher."
+            )
+        return content
+
+    def find_file(self, file_name: str) -> str | None:
+        """The local path of one file, downloaded if need be; `None` where there is none, or offline none in the cache.
+
+        Raises:
+            ConfigurationError: the repository or folder cannot be read, or the Hub cannot be reached.
+        """
+        try:
+            return self._locate(file_name)
+        except ConfigurationError as error:
+            if self.is_offline and any(isinstance(cause, LocalEntryNotFoundError) for cause in _chain(error)):
+                return None
+            raise
+
+    def _locate(self, file_name: str) -> str | None:
+        """As `find_file`, but `None` only where the repository is known not to have the file."""
+        try:
+            return cached_file(self.name_or_path, file_name, **self.hub_arguments)
+        except (OSError, ValueError) as error:
+            # A file that is not there is an error without a cause and without a number; all others have one.
+            is_missing = type(error) is OSError and error.errno is None and len(tuple(_chain(error))) == 1
+            if is_missing or self._known_as_missing(file_name):
+                return None
             raise self.failure(error) from error
+
+    def _known_as_missing(self, file_name: str) -> bool:
+        """Whether the cache remembers that the repository did not have the file."""
+        if Path(self.name_or_path).is_dir():
+            return False
+        path = f"{self.subfolder}/{file_name}" if self.subfolder else file_name
+        try:
+            found = try_to_load_from_cache(self.name_or_path, path, cache_dir=self.cache_dir, revision=self.revision)
+        except HFValidationError:
+            return False
+        return found is _CACHED_NO_EXIST
 
     def failure(self, error: BaseException) -> ConfigurationError:
         """One sentence for what `transformers` and the Hub client raise."""
@@ -86,6 +143,9 @@ class TeacherSource:
             reason = "is neither a local folder or file nor a Hub repository that you can see: check the name or token"
         elif caused_by(RevisionNotFoundError):
             reason = f"has no revision {self.revision!r}: choose a branch, tag or commit of it"
+        elif caused_by(HfHubHTTPError):
+            response = next(cause for cause in found if isinstance(cause, HfHubHTTPError))
+            reason = f"cannot be fetched from the Hub now ({first_line(response)}): try again later"
         elif caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled):
             reason = (
                 "is neither a local folder nor in the cache, and the Hub was not asked or cannot be reached: check "
@@ -97,9 +157,9 @@ class TeacherSource:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, for use inside a sentence."""
+    """The first sentence of an error, for use inside a sentence."""
     lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+    return lines[0].split(". ")[0].strip().rstrip(".:") if lines else type(error).__name__
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,8 +1,9 @@
 """From command line and YAML files to a `TrainingConfig`.
 
-The order of merging, later wins: dataclass defaults < alignment preset < `base:` of a YAML file < the files in the
-order in which `--config` names them < every command-line option, wherever it stands. Mappings merge by key; a mapping
-whose `name` changes is replaced whole; null removes an alignment term of the preset. An unknown key is an error.
+The order of merging, later wins: dataclass defaults < alignment preset < `base:` of a YAML file < the file itself <
+the variant of it that `--variant` names < the next file of `--config` < every command-line option, wherever it stands.
+Mappings merge by key; a mapping whose `name` changes is replaced whole; null removes an alignment term of the preset.
+An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from diffusers_srepa.alignment.presets import DEFAULT_PRESET, alignment_preset
+from diffusers_srepa.alignment.presets import DEFAULT_PRESET, alignment_preset, default_depth
 from diffusers_srepa.errors import ConfigurationError, close_matches
 from diffusers_srepa.training.config import TrainingConfig
+from diffusers_srepa.training.config_files import check_keys, check_size, merge
+from diffusers_srepa.training.sweeps import read_run_files
 
 
 def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
@@ -35,10 +36,10 @@ def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         arguments = [argument for argument in arguments if argument != "--print_config"]
         config = load_training_config(arguments, validate=not print_config)
     except ConfigurationError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
     if print_config:
-        sys.stdout.write(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        sys.stdout.write(yaml.safe_dump(config.to_dict(), sort_keys=False) + _meaning_of_nulls(config))
         raise SystemExit(0)
     return config
 
@@ -54,11 +55,8 @@ def load_training_config(argv: Sequence[str], validate: bool = True) -> Training
         ConfigurationError: an unknown key or option, a value of a wrong type, or one that cannot work.
     """
     parser = _build_parser()
-    options, files = _parse_options(parser, argv)
-    merged: dict[str, Any] = {}
-    for file in files:
-        merged = merge(merged, read_yaml(Path(file)))
-    return resolve(merge(merged, options), parser, validate)
+    options, files, variant = _parse_options(parser, argv)
+    return resolve(merge(read_run_files(files, variant), options), parser, validate)
 
 
 def resolve(values: Mapping[str, Any], parser: ArgumentParser | None = None, validate: bool = True) -> TrainingConfig:
@@ -75,76 +73,47 @@ def resolve(values: Mapping[str, Any], parser: ArgumentParser | None = None, val
     try:
         namespace = parser.parse_object({key: value for key, value in merged.items() if value is not None})
         config = parser.instantiate(namespace)
-    except ArgumentError as error:
+    except (ArgumentError, RecursionError) as error:
         raise ConfigurationError(_one_sentence(error)) from None
     result = TrainingConfig(**{field.name: getattr(config, field.name) for field in fields(TrainingConfig)})
+    _check_names(result)
     if validate:
         result.validate()
     return result
 
 
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `under`: mappings merge by key unless their `name` differs, everything else is replaced."""
-    merged = dict(deepcopy(dict(under)))
-    for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping) and _same_kind(below, value):
-            merged[key] = merge(below, value)
-        else:
-            merged[key] = deepcopy(value)
-    return merged
+def _check_names(config: TrainingConfig) -> None:
+    """Refuse an unknown model preset, and alignment terms that name or hold what does not exist."""
+    # Imported here, so that --help stays quick.
+    from diffusers_srepa.alignment.build import build_terms
+    from diffusers_srepa.models.transformer_sit import SIT_PRESETS
+
+    if config.model.preset not in SIT_PRESETS:
+        raise ConfigurationError(
+            f"there is no model preset {config.model.preset!r}, {close_matches(config.model.preset, SIT_PRESETS)} "
+            "(option model.preset)."
+        )
+    terms = {name: term for name, term in config.alignment.terms.items() if term is not None}
+    build_terms(terms, config.alignment.target_transform)
 
 
-def _same_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
-    # {name: gram_kl, tau_student: 0.4} over {name: gram_mse} is another thing, not a change of the first.
-    return "name" not in above or above["name"] == below.get("name", above["name"])
+def _meaning_of_nulls(config: TrainingConfig) -> str:
+    """YAML comments for under the printed configuration: sizes and depth, where presets decide them."""
+    from diffusers_srepa.models.transformer_sit import SIT_PRESETS
 
-
-def read_yaml(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, laid over the file that its `base:` names, relative to the file itself.
-
-    Raises:
-        ConfigurationError: no such file, not YAML, not a mapping, or a `base:` that leads back to itself.
-    """
-    path = path.expanduser()
-    if path.resolve() in _above:
-        raise ConfigurationError(f"the configuration file {path} names itself as its base.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigurationError(f"the configuration file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        message = " ".join(str(error).split())
-        raise ConfigurationError(f"the configuration file {path} is not valid YAML: {message}.") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"the configuration file {path} holds a {type(values).__name__}, not a mapping.")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    return merge(read_yaml(path.parent / str(base), (*_above, path.resolve())), values)
-
-
-def check_keys(values: Mapping[str, Any], target: type = TrainingConfig, prefix: str = "") -> None:
-    """Refuse keys that are no field of the (nested) dataclass `target`.
-
-    Raises:
-        ConfigurationError: naming the key and the closest known ones.
-    """
-    hints = get_type_hints(target)
-    for key, value in values.items():
-        if key not in hints:
-            raise ConfigurationError(
-                f"there is no option {prefix}{key}, {close_matches(str(key), hints)}"
-                + (f" (in section {prefix.rstrip('.')})" if prefix else "")
-                + "."
-            )
-        if is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise ConfigurationError(
-                    f"section {prefix}{key} is {value!r}, but must be a mapping of options to values."
-                )
-            check_keys(value, hints[key], f"{prefix}{key}.")
+    model, alignment = config.model, config.alignment
+    if model.init_from is not None:
+        return f"# The sizes of the model are those of {model.init_from}.\n"
+    preset = SIT_PRESETS[model.preset]
+    given = {name: getattr(model, name) for name in preset}
+    sizes = {name: preset[name] if value is None else value for name, value in given.items()}
+    nulls = [f"model.{name}: {sizes[name]}" for name, value in given.items() if value is None]
+    if any(alignment.terms.values()) and alignment.depth is None and alignment.tap is None:
+        width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
+        nulls.append(f"alignment.depth: {default_depth(sizes['num_layers'], width)}")
+    if not nulls:
+        return ""
+    return "# Left open above and decided by the presets:\n" + "".join(f"#   {line}\n" for line in nulls)
 
 
 def _build_parser() -> ArgumentParser:
@@ -156,21 +125,22 @@ def _build_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(TrainingConfig)
     parser.add_argument("--config", action="append", default=[], help="YAML file; repeatable, later files win.")
+    parser.add_argument("--variant", help="Which run of the file named by --config, if that file is a sweep.")
     parser.add_argument("--print_config", action="store_true", help="Print the resolved configuration and exit.")
     return parser
 
 
-def _parse_options(parser: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The options given on the command line as nested values, and the files named by `--config`."""
+def _parse_options(parser: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str], str | None]:
+    """The options given on the command line as nested values, the files of `--config`, and the `--variant`."""
     argv, free = _take_free_options(argv)
     try:
         namespace = parser.parse_args(_complete_flags(argv), defaults=False)
     except ArgumentError as error:
         raise ConfigurationError(_one_sentence(error)) from None
     values = namespace.as_dict()
-    files = values.pop("config", [])
+    files, variant = values.pop("config", []), values.pop("variant", None)
     values.pop("print_config", None)
-    return merge(values, free), files
+    return merge(values, free), files, variant
 
 
 def _take_free_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -193,6 +163,7 @@ def _take_free_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         if not text or text.startswith("--"):
             raise ConfigurationError(f"option {name} has no value: give one.")
         value = _parse_scalar(text)
+        check_size(value, f"option {name}")
         for part in reversed(name.split(".")):
             value = {part: value}
         taken = merge(taken, value)
@@ -204,7 +175,7 @@ def _parse_scalar(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
         return float(value) if isinstance(value, str) else value
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, AttributeError, RecursionError, yaml.YAMLError):
         return text
 
 
@@ -235,6 +206,6 @@ def _is_free_mapping(hint: Any) -> bool:
     return any(get_origin(part) is dict for part in (hint, *get_args(hint)))
 
 
-def _one_sentence(error: ArgumentError) -> str:
+def _one_sentence(error: Exception) -> str:
     text = " ".join(str(error).replace("Parser key", "option").split())
     return text if text.endswith(".") else text + "."

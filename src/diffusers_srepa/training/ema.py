@@ -11,6 +11,8 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from diffusers_srepa.training.sharding import shard_like
+
 
 logger = get_logger(__name__)
 
@@ -31,19 +33,18 @@ class WeightAverage:
 
     def update(self) -> None:
         """Move the average towards the present weights; call once after each optimiser step."""
-        # EMAModel copies parameters that need no gradient; the average of a projector that has come to rest stays.
-        resting = [
-            (shadow, shadow.clone())
-            for shadow, parameter in zip(self.average.shadow_params, self.parameters, strict=True)
-            if not parameter.requires_grad
-        ]
-        self.average.step(self.parameters)
-        for shadow, before in resting:
-            shadow.copy_(before)
+        # EMAModel would copy parameters that need no gradient; the average of a projector that has come to rest stays.
+        every_shadow = self.average.shadow_params
+        moving = [index for index, parameter in enumerate(self.parameters) if parameter.requires_grad]
+        self.average.shadow_params = [every_shadow[index] for index in moving]
+        try:
+            self.average.step([self.parameters[index] for index in moving])
+        finally:
+            self.average.shadow_params = every_shadow
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the context the module has the averaged weights, afterwards its own again."""
+        """Within the context the module, which must not be sharded, has the averaged weights, afterwards its own."""
         self.average.store(self.parameters)
         self.average.copy_to(self.parameters)
         try:
@@ -73,7 +74,7 @@ class WeightAverage:
                 f"{len(unknown)} are unknown (first: {unknown[:1]})."
             )
         for name, shadow in self.state().items():
-            shadow.data.copy_(state[name])
+            shadow.data.copy_(shard_like(state[name], shadow))
         self.average.optimization_step = num_updates
 
 

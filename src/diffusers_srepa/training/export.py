@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
@@ -14,6 +17,8 @@ from diffusers_srepa.latents.codec import LatentCodec
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+from diffusers_srepa.training.checkpoint_folder import TEMPORARY_PREFIX
+from diffusers_srepa.training.checkpoints import CheckpointError
 from diffusers_srepa.training.config import TrainingConfig
 
 
@@ -36,6 +41,7 @@ def build_pipeline(
         vae=_publishable_vae(codec, config),
         scheduler=build_scheduler(config),
         id2label=None if id2label is None else {str(index): name for index, name in id2label.items()},
+        guidance_channels=config.sampling.guidance_channels,
     )
 
 
@@ -51,6 +57,28 @@ def _publishable_vae(codec: LatentCodec, config: TrainingConfig) -> Any:
 
 
 def save_finished(pipeline: SiTPipeline, student: AlignedDenoiser, output_dir: Path) -> None:
-    """Write the pipeline, and the projectors for further aligned training, with the weights that they have now."""
-    pipeline.save_pretrained(output_dir)
-    student.save_projectors(output_dir / "projectors")
+    """Write the pipeline, and the projectors for further aligned training, with the weights that they have now.
+
+    Everything is written beside its place first and then moved, `model_index.json` last: a folder that has this file has
+    a whole pipeline.
+
+    Raises:
+        CheckpointError: the disk is full or fails otherwise; the run can be resumed, and writes the pipeline then.
+    """
+    temporary = output_dir / f"{TEMPORARY_PREFIX}pipeline"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(temporary)
+        student.save_projectors(temporary / "projectors")
+        for part in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
+            if part.is_dir():
+                shutil.rmtree(output_dir / part.name, ignore_errors=True)
+            os.replace(part, output_dir / part.name)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the finished pipeline could not be written to {output_dir} ({reason}): make room, then run again with "
+            "--resume_from_checkpoint latest, which writes it."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

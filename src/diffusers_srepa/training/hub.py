@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id
 
 from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.training.publishable import publishable_versions
 
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ def push_folder(
 ) -> str:
     """Push a finished pipeline folder as one commit, its own README.md included.
 
+    Local paths stay at home: `config.yaml` and the components' `config.json` go as `publishable_versions` gives them.
     An attempt that fails for a passing reason (a connection that breaks, status 408, 429 or 5xx) is repeated after
     `first_wait`, then 2, 4, ... times as long. What the Hub already has is not sent again, and a commit whose answer
     was lost is recognised, not repeated.
@@ -132,13 +134,14 @@ def push_folder(
     token = _find_token(token)
     paths = _paths_to_push(folder, ignore_patterns)
     _refuse_token_in_files(folder, paths, token)
+    versions = publishable_versions(folder, paths)
     api = HfApi(token=token)
 
     def commit() -> str:
         if revision is not None and revision != "main" and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         # New operations in every attempt: the Hub is asked again what it has, so a lost answer makes no second commit.
-        operations = [CommitOperationAdd(path, folder / path) for path in paths]
+        operations = [CommitOperationAdd(path, versions.get(path, folder / path)) for path in paths]
         # upload_folder splits large folders into several commits, this call never does.
         return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url
 

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 
 from diffusers_srepa.data.order import BatchLayout
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config import LoopConfig
+from diffusers_srepa.training.config_sections import LoopConfig
 
 
 def check_environment(environment: Mapping[str, str] | None = None) -> None:
@@ -33,18 +33,17 @@ def check_processes(accelerator: Accelerator, expected_processes: int | None) ->
     """Refuse a number or kind of processes other than what was asked for.
 
     Raises:
-        ConfigurationError: the number differs from `expected_processes`, or FSDP was asked for and is not in effect.
+        ConfigurationError: the number differs from `expected_processes`, or DeepSpeed was asked for.
     """
     if expected_processes is not None and accelerator.num_processes != expected_processes:
         raise ConfigurationError(
             f"{accelerator.num_processes} processes are running, but expected_processes is {expected_processes}: "
             "change the launcher's --num_processes or --expected_processes."
         )
-    fsdp_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    if fsdp_asked and accelerator.distributed_type != DistributedType.FSDP:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ConfigurationError(
-            f"FSDP was asked for, but the processes run as {accelerator.distributed_type.value}: "
-            "FSDP needs GPUs; launch without --use_fsdp."
+            "DeepSpeed was asked for, whose engine keeps optimiser state that checkpoints here do not hold: launch "
+            "with --use_fsdp --fsdp_version 2 to shard, or with --multi_gpu."
         )
 
 

@@ -38,10 +38,11 @@ class Meter:
     def collect(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over steps and processes since the last call, and `images_per_second`; every rank must call."""
         names = sorted(self._sums)
-        # A term that ended within the interval has fewer values than steps.
-        means = torch.stack([self._sums[name].float() / self._counts[name] for name in names])
-        means = accelerator.reduce(means, reduction="mean")
-        values = dict(zip(names, means.tolist(), strict=True))
+        values: dict[str, float] = {}
+        if names:
+            # A term that ended within the interval has fewer values than steps.
+            means = torch.stack([self._sums[name].float() / self._counts[name] for name in names])
+            values = dict(zip(names, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
         seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
         values["images_per_second"] = self._steps * self.images_per_step / seconds
         self._sums, self._counts, self._steps, self._paused = {}, {}, 0, 0.0

@@ -21,7 +21,7 @@ from diffusers_srepa.latents.codec import LatentCodec
 from diffusers_srepa.randomness import keyed_rand, keyed_randn
 from diffusers_srepa.teachers.auto_teacher import Teacher
 from diffusers_srepa.tokens import TeacherFeatures
-from diffusers_srepa.training.config import FlowConfig
+from diffusers_srepa.training.config_sections import FlowConfig
 
 
 @dataclass

@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from diffusers_srepa.training.licence_notes import licence_note
+
 
 CARD_FILE = "README.md"
 SAMPLE_GRID_FILE = "sample_grid.png"
@@ -26,11 +28,15 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # The loaders of `datasets` that read local files; they have the form of a dataset's name.
 _FILE_LOADERS = {"arrow", "audiofolder", "csv", "imagefolder", "json", "parquet", "text", "webdataset"}
+# What `data.dataset` and `latents.vae` take besides repositories and folders.
+_WORDS = _FILE_LOADERS | {"pixels"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIX = re.compile(r"\.(arrow|bin|ckpt|json|jsonl|npz|parquet|pt|pth|safetensors|tar|ya?ml|zip)", re.IGNORECASE)
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|credentials?|api_key|authorization)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{8,}")
 _LOCAL_KEY = re.compile(r"(_dir|_cache|_file|_folder|^base|^resume_from_checkpoint)$")
+# Options that name a repository or a folder; the value may be a bare folder name.
+_SOURCE_KEY = re.compile(r"^(dataset|vae|name_or_path|init_from)$")
 _SHOWN_CLASS_NAMES = 10
 
 
@@ -63,8 +69,13 @@ class ModelCardFacts:
         precision (`str`): "bf16", "fp16" or "fp32".
         vae (`str`, *optional*): Hub id or local path of the autoencoder; None or "pixels" for a model of pixels.
         teacher (`str`, *optional*): Hub id or local path of the vision encoder; None if none was used.
-        depth (`int`, *optional*): aligned block, counted from 1; None if nothing was aligned.
-        terms (`Mapping[str, float]`): weights of the alignment terms by name, at the start of training.
+        further_teachers (`Mapping[str, str]`): the same of further encoders, by the names that terms use.
+        depth (`int` or `str`, *optional*): aligned block, counted from 1, or the path of the aligned module; None if
+            nothing was aligned.
+        further_taps (`Mapping[str, int | str]`): the same of further taps, by name.
+        terms (`Mapping[str, float | str]`): weights of the alignment terms by name, a schedule in words.
+        objectives (`Sequence[str]`): what the terms ask for, in words.
+        settings (`Mapping[str, str]`): further rows of the table of settings.
         init_from (`str`, *optional*): Hub id or local path of the pipeline that training started from.
         id2label (`Mapping[int | str, str]`, *optional*): class names by number.
         num_inference_steps (`int`): sampling steps of the example, as in the run's own validation.
@@ -76,6 +87,10 @@ class ModelCardFacts:
         license (`str`, *optional*): licence identifier of the weights; None if their owner has not chosen one.
         license_name, license_link (`str`, *optional*): which licence it is when `license` is "other".
         versions (`Mapping[str, str]`): versions of packages by name.
+        recipe (`str`, *optional*): path in the source repository of the configuration that the card describes
+            without any trained weights; None for the card of a pipeline.
+        reported_results (`Sequence[Mapping[str, str]]`): results that the paper reports for these settings, each
+            the columns of one row by name.
     """
 
     model_name: str
@@ -91,8 +106,12 @@ class ModelCardFacts:
     precision: str
     vae: str | None = None
     teacher: str | None = None
-    depth: int | None = None
-    terms: Mapping[str, float] = field(default_factory=dict)
+    further_teachers: Mapping[str, str] = field(default_factory=dict)
+    depth: int | str | None = None
+    further_taps: Mapping[str, int | str] = field(default_factory=dict)
+    terms: Mapping[str, float | str] = field(default_factory=dict)
+    objectives: Sequence[str] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
     init_from: str | None = None
     id2label: Mapping[Any, str] | None = None
     num_inference_steps: int = 250
@@ -105,6 +124,8 @@ class ModelCardFacts:
     license_name: str | None = None
     license_link: str | None = None
     versions: Mapping[str, str] = field(default_factory=package_versions)
+    recipe: str | None = None
+    reported_results: Sequence[Mapping[str, str]] = ()
 
 
 def write_model_card(folder: str | os.PathLike[str], *, config: Mapping[str, Any], facts: ModelCardFacts) -> Path:
@@ -120,25 +141,43 @@ def write_model_card(folder: str | os.PathLike[str], *, config: Mapping[str, Any
         `Path`: the written file.
     """
     folder = Path(folder)
+    text = render_model_card(config=config, facts=facts, sample_grid=_copy_sample_grid(facts.sample_grid, folder))
+    path = folder / CARD_FILE
+    # ModelCard.save writes the platform's encoding.
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def render_model_card(*, config: Mapping[str, Any], facts: ModelCardFacts, sample_grid: str | None = None) -> str:
+    """The text of a card.
+
+    Args:
+        config (`Mapping[str, Any]`): the resolved configuration as nested plain values; shown without secrets and
+            local paths.
+        facts (`ModelCardFacts`): what the card states.
+        sample_grid (`str`, *optional*): the picture of samples as seen from the card.
+    """
+    teachers = {"": facts.teacher} if facts.teacher else {}
+    teachers |= facts.further_teachers
     card = ModelCard.from_template(
         _card_data(facts),
         template_path=str(TEMPLATE),
         facts=facts,
         title=_text(facts.hub_id.split("/")[-1] if facts.hub_id else f"{facts.model_name}, {facts.method}"),
-        load_from=facts.hub_id or ".",
+        load_from=facts.hub_id or (f"runs/{Path(facts.recipe).stem}" if facts.recipe else "."),
         example_label=_example_label(facts.id2label),
         class_names=_class_names(facts.id2label),
-        dataset_link=_link(facts.dataset, "dataset", "datasets/"),
-        vae_link=_link(facts.vae, "autoencoder") if in_latents(facts) else None,
-        teacher_link=_link(facts.teacher, "vision encoder") if facts.teacher else None,
-        init_link=_link(facts.init_from, "pipeline") if facts.init_from else None,
-        sample_grid=_copy_sample_grid(facts.sample_grid, folder),
-        config_yaml=yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True).strip(),
+        dataset=_source(facts.dataset, "dataset", "datasets/"),
+        vae=_source(facts.vae, "autoencoder") if in_latents(facts) else None,
+        teachers={_text(name): _source(teacher, "vision encoder") for name, teacher in teachers.items()},
+        init=_source(facts.init_from, "pipeline") if facts.init_from else None,
+        aligned=_aligned_rows(facts),
+        settings={_text(name): _text(value) for name, value in facts.settings.items()},
+        reported=_table(facts.reported_results),
+        sample_grid=sample_grid,
+        config_yaml=public_yaml(config),
     )
-    path = folder / CARD_FILE
-    # ModelCard.save writes the platform's encoding.
-    path.write_text(str(card), encoding="utf-8")
-    return path
+    return f"{str(card).rstrip()}\n"
 
 
 def in_latents(facts: ModelCardFacts) -> bool:
@@ -151,6 +190,11 @@ def public_id(name: str | None) -> str | None:
     if not name or not _HUB_ID.fullmatch(name) or name in _FILE_LOADERS or _FILE_SUFFIX.search(name):
         return None
     return None if os.path.exists(name) else name
+
+
+def public_yaml(config: Mapping[str, Any]) -> str:
+    """`public_config` as YAML, without the line break at the end."""
+    return yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True).strip()
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +218,8 @@ def _public_value(key: str, value: Any) -> Any:
         return value if isinstance(value, bool | int | float) or value is None else _public_value(key, str(value))
     if _SECRET_VALUE.search(value):
         return "(removed)"
-    return "(local)" if _LOCAL_KEY.search(key) or _looks_local(value) else value
+    is_folder = _SOURCE_KEY.search(key) is not None and value not in _WORDS and os.path.exists(value)
+    return "(local)" if is_folder or _LOCAL_KEY.search(key) or _looks_local(value) else value
 
 
 def _looks_local(value: str) -> bool:
@@ -182,7 +227,7 @@ def _looks_local(value: str) -> bool:
         return True
     if "://" in value or value.count("/") > 1:
         return True
-    # A value without a slash, such as "train", is no path even where a file happens to have that name.
+    # Without a slash, as in the split "train", it is no path even where a file happens to have that name.
     return "/" in value and os.path.exists(value)
 
 
@@ -209,11 +254,28 @@ def _method_tags(method: str) -> list[str]:
     return ["representation-alignment", *tags] if tags else []
 
 
-def _link(name: str | None, noun: str, prefix: str = "") -> str:
+def _source(name: str | None, noun: str, prefix: str = "") -> dict[str, str | None]:
+    """How to name a dataset or model that the run used, and what is known about its terms."""
     repo_id = public_id(name)
-    if repo_id is None:
-        return f"a local {noun}"
-    return f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})"
+    link = f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})" if repo_id else f"a local {noun}"
+    return {"link": link, "note": licence_note(repo_id)}
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """Head and body of a table with a column for every key; empty without rows."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [columns, *([_text(row.get(name, "–")) for name in columns] for row in rows)] if rows else []
+
+
+def _aligned_rows(facts: ModelCardFacts) -> dict[str, str]:
+    """Rows of the table of settings: what is aligned, the main tap first."""
+    taps = {"": facts.depth} if facts.depth is not None else {}
+    rows: dict[str, str] = {}
+    for name, tap in {**taps, **facts.further_taps}.items():
+        kind = "block" if isinstance(tap, int) else "module"
+        label = f"Aligned {kind}" + (f" `{_text(name)}`" if name else "")
+        rows[label] = f"{tap} (counted from 1)" if isinstance(tap, int) else f"`{_text(tap)}`"
+    return rows
 
 
 def _text(value: object) -> str:

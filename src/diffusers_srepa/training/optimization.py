@@ -10,7 +10,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_srepa.errors import ConfigurationError, close_matches
-from diffusers_srepa.training.config import OptimizerConfig
+from diffusers_srepa.training.config_sections import OptimizerConfig
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -41,7 +41,14 @@ def check_output_folder(config: TrainingConfig) -> None:
             overwritten, or holds somebody's files under names that the run would write.
     """
     folder = Path(str(config.output_dir))
-    if folder.exists() and not folder.is_dir():
+    try:
+        exists = folder.exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(
+            f"the output folder {str(folder)[:80]!r} cannot be used ({reason}): set another --output_dir."
+        ) from None
+    if exists and not folder.is_dir():
         raise ConfigurationError(f"the output folder {folder} is a file: set --output_dir to a folder.")
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not os.access(existing, os.W_OK | os.X_OK):

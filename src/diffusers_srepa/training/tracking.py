@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from PIL import Image
 
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config import TrackingConfig, TrainingConfig
+from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.run_folder import METRICS_FILE
 
 
@@ -49,6 +49,9 @@ def resolve_trackers(report_to: str) -> str | None:
 class RunLog:
     """Writes the values of a run, on the main process alone.
 
+    A tracker that fails is no reason to lose a run: the values go on into `metrics.jsonl`, and the tracker gets those
+    that it missed when the run ends.
+
     Args:
         accelerator (`Accelerator`): built with `resolve_trackers` as `log_with`.
         config (`TrainingConfig`): the resolved configuration, given to the trackers.
@@ -57,17 +60,24 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, config: TrainingConfig) -> None:
         self.accelerator = accelerator
         self.file = Path(str(config.output_dir)) / METRICS_FILE
-        self._tracking_works = True
-        self._start(config.tracking, config.to_dict())
-
-    def _start(self, tracking: TrackingConfig, config: Mapping[str, Any]) -> None:
-        options: dict[str, Any] = {}
-        if tracking.run_name is not None:
-            options = {"wandb": {"name": tracking.run_name}, "swanlab": {"name": tracking.run_name}}
+        self._config = config
+        self._has_started = False
+        # Number of the first line of the file that the trackers have not got, while they fail.
+        self._missed_from: int | None = None
+        self._lines = _count_lines(self.file)
         try:
-            self.accelerator.init_trackers(tracking.project_name, config=flatten(config), init_kwargs=options)
+            self._start()
         except Exception as error:
-            self._give_up(error)
+            self._note_failure(error)
+
+    def _start(self) -> None:
+        name = self._config.tracking.run_name
+        options: dict[str, Any] = {} if name is None else {"wandb": {"name": name}, "swanlab": {"name": name}}
+        self.accelerator.trackers = []
+        self.accelerator.init_trackers(
+            self._config.tracking.project_name, config=flatten(self._config.to_dict()), init_kwargs=options
+        )
+        self._has_started = True
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log scalars under `step`; a value that is not finite is written as its name, so that the file stays JSON."""
@@ -76,15 +86,16 @@ class RunLog:
         record = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
-        if self._tracking_works:
+        if self._missed_from is None:
             try:
                 self.accelerator.log(dict(values), step=step)
             except Exception as error:
-                self._give_up(error)
+                self._note_failure(error)
+        self._lines += 1
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         """Give a picture to the trackers that take pictures."""
-        if not (self.accelerator.is_main_process and self._tracking_works):
+        if not self.accelerator.is_main_process or self._missed_from is not None:
             return
         import numpy as np
 
@@ -97,22 +108,44 @@ class RunLog:
 
                     tracker.log({name: wandb.Image(image)}, step=step)
             except Exception as error:
-                self._give_up(error)
+                self._note_failure(error)
 
     def close(self) -> None:
-        """Let the trackers finish, and the process group with them."""
+        """Send what a tracker missed, and let the trackers finish, and the process group with them."""
+        if self.accelerator.is_main_process and self._missed_from is not None:
+            self._send_missed(self._missed_from)
         try:
             self.accelerator.end_training()
         except Exception as error:
-            self._give_up(error)
+            logger.warning(f"the tracker did not finish ({_describe(error)}); all values are in {self.file}.")
 
-    def _give_up(self, error: Exception) -> None:
-        # A tracker that cannot be reached is no reason to lose a run: the values stay in metrics.jsonl.
-        self._tracking_works = False
-        logger.warning(
-            f"tracking is switched off for this run, because the tracker failed ({type(error).__name__}: {error}); "
-            f"the values go on into {self.file}."
-        )
+    def _send_missed(self, first: int) -> None:
+        try:
+            if not self._has_started:
+                self._start()
+            for line in self.file.read_text().splitlines()[first:]:
+                record = json.loads(line)
+                step = record.pop("step")
+                self.accelerator.log({name: float(value) for name, value in record.items()}, step=step)
+            logger.info("the tracker can be reached again and has got the values that it missed.")
+        except Exception as error:
+            logger.warning(f"the tracker still fails ({_describe(error)}); all values are in {self.file}.")
+
+    def _note_failure(self, error: Exception) -> None:
+        if self._missed_from is None:
+            self._missed_from = self._lines
+            logger.warning(
+                f"the tracker failed ({_describe(error)}): the values go on into {self.file} and are sent to it at "
+                "the end."
+            )
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _count_lines(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

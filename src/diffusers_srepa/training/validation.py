@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
-from diffusers_srepa.training.config import SamplingConfig, ValidationConfig
+from diffusers_srepa.training.config_sections import SamplingConfig, ValidationConfig
 
 
 def validation_labels(config: ValidationConfig, num_classes: int) -> list[int | str]:
@@ -31,7 +31,7 @@ def check_sampling(pipeline: SiTPipeline, sampling: SamplingConfig) -> None:
     """
     try:
         pipeline.check_components()
-        pipeline.check_guidance(sampling.guidance_scale, sampling.guidance_interval, None, 0.0)
+        pipeline.check_guidance(sampling.guidance_scale, sampling.guidance_interval, sampling.guidance_channels, 0.0)
         type(pipeline.scheduler).from_config(pipeline.scheduler.config).set_timesteps(sampling.num_inference_steps)
     except ValueError as error:
         raise ConfigurationError(f"section sampling cannot be used: {error}") from None

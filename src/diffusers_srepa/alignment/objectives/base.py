@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from diffusers_srepa.alignment.structural.normalize import compute_dtype
+from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.tokens import TokenMap
 
 
@@ -29,6 +31,9 @@ class AlignmentObjective(ABC):
 
     Args:
         include_prefix_tokens (`bool`): whether class and register tokens take part, or patch tokens alone.
+
+    Raises:
+        ConfigurationError: `include_prefix_tokens` is no boolean.
     """
 
     scope: ClassVar[Literal["sample", "batch"]] = "sample"
@@ -38,6 +43,14 @@ class AlignmentObjective(ABC):
     detaches_target: ClassVar[bool] = True
 
     include_prefix_tokens: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the arguments; subclasses with arguments of their own call this first."""
+        if not isinstance(self.include_prefix_tokens, bool):
+            raise ConfigurationError(
+                f"include_prefix_tokens of {type(self).__name__} is {self.include_prefix_tokens!r}, but must be true "
+                f"or false."
+            )
 
     def __call__(self, student: TokenMap, target: TokenMap | None = None) -> torch.Tensor:
         """The loss of `student` against `target`.
@@ -70,6 +83,12 @@ class AlignmentObjective(ABC):
     def check(self, student: TokenMap, target: TokenMap | None) -> None:
         """Raise `ValueError` unless this objective can compare these tokens."""
         name = type(self).__name__
+        for role, token_map in (("student", student), ("target", target)):
+            if not isinstance(token_map, TokenMap) and (role == "student" or token_map is not None):
+                raise ValueError(
+                    f"{name} compares two TokenMaps, but the {role} is a {type(token_map).__name__}: wrap tokens in "
+                    f"TokenMap(tokens, grid), and take token_map() of TeacherFeatures."
+                )
         num_tokens = self._select(student).shape[1]
         if num_tokens < self.min_tokens:
             raise ValueError(
@@ -103,3 +122,18 @@ class AlignmentObjective(ABC):
 
     def _select(self, token_map: TokenMap) -> torch.Tensor:
         return token_map.tokens if self.include_prefix_tokens else token_map.patch_tokens
+
+
+def check_number(objective: AlignmentObjective, name: str, low: float, open_end: bool = False) -> None:
+    """Raise unless the argument `name` of `objective` is a finite number of at least (or above) `low`.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    value: Any = getattr(objective, name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < low or (open_end and value == low):
+        bound = f"above {low:g}" if open_end else f"of at least {low:g}"
+        raise ConfigurationError(
+            f"{name} of {type(objective).__name__} is {value!r}, but must be a finite number {bound}."
+        )

@@ -8,10 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from diffusers_srepa.alignment.objectives.base import AlignmentObjective
+from diffusers_srepa.alignment.objectives.base import AlignmentObjective, check_number
 from diffusers_srepa.alignment.objectives.distances import squared_distances
 from diffusers_srepa.alignment.objectives.gather import gather_samples
-from diffusers_srepa.alignment.structural.exact import check_temperature
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class DispersiveAlignment(AlignmentObjective):
         include_prefix_tokens (`bool`): whether class and register tokens take part.
 
     Raises:
-        ValueError: `tau` is not positive.
+        ConfigurationError: `tau` is not positive or no number.
     """
 
     scope: ClassVar[Literal["sample", "batch"]] = "batch"
@@ -36,7 +35,8 @@ class DispersiveAlignment(AlignmentObjective):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        check_temperature("tau", self.tau)
+        super().__post_init__()
+        check_number(self, "tau", 0.0, open_end=True)
 
     def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
         """`(B, N, D)` to `()`."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from diffusers_srepa.alignment.objectives.base import AlignmentObjective
+from diffusers_srepa.alignment.objectives.base import AlignmentObjective, check_number
 from diffusers_srepa.alignment.structural.reference import cosine_gram
 
 
@@ -24,7 +24,7 @@ class DistanceMarginAlignment(AlignmentObjective):
         include_prefix_tokens (`bool`): whether class and register tokens take part.
 
     Raises:
-        ValueError: `margin` is negative.
+        ConfigurationError: `margin` is negative or no number.
     """
 
     min_tokens: ClassVar[int] = 2
@@ -32,8 +32,8 @@ class DistanceMarginAlignment(AlignmentObjective):
     margin: float = 0.25
 
     def __post_init__(self) -> None:
-        if not self.margin >= 0:
-            raise ValueError(f"the margin of DistanceMarginAlignment must be >= 0, but is {self.margin!r}.")
+        super().__post_init__()
+        check_number(self, "margin", 0.0)
 
     def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""

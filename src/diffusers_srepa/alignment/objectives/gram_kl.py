@@ -7,12 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from diffusers_srepa.alignment.objectives.base import AlignmentObjective
+from diffusers_srepa.alignment.objectives.base import AlignmentObjective, check_number
 from diffusers_srepa.alignment.structural.exact import (
     KL_FORMS,
     KL_REDUCTIONS,
     check_choice,
-    check_temperature,
     gram_kl_loss,
 )
 
@@ -44,8 +43,9 @@ class GramKLAlignment(AlignmentObjective):
     form: str = "auto"
 
     def __post_init__(self) -> None:
-        check_temperature("tau_teacher", self.tau_teacher)
-        check_temperature("tau_student", self.tau_student)
+        super().__post_init__()
+        check_number(self, "tau_teacher", 0.0, open_end=True)
+        check_number(self, "tau_student", 0.0, open_end=True)
         check_choice("reduction", self.reduction, KL_REDUCTIONS)
         check_choice("form", self.form, KL_FORMS)
 

@@ -30,6 +30,7 @@ class GramMSEAlignment(AlignmentObjective):
     form: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("form", self.form, MSE_FORMS)
 
     def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:

@@ -21,9 +21,10 @@ class PositiveGramAlignment(AlignmentObjective):
     differ.
 
     Args:
-        remove (`str`): `"both"` sets negative similarities of either side to zero. `"teacher"` sets the teacher's to
-            zero, and the student's where both are negative: a student that is negative where the teacher is positive
-            still feels how far off it is.
+        remove (`str`): `"both"` sets negative similarities of either side to zero; a student's that is set to zero
+            gets no gradient. `"teacher"` sets the teacher's alone to zero and draws the student's there. (The released
+            code means to remove the student's where both are negative too, but compares with the teacher's when these
+            are zero already, which removes none.)
         include_prefix_tokens (`bool`): whether class and register tokens take part.
 
     Raises:
@@ -35,14 +36,13 @@ class PositiveGramAlignment(AlignmentObjective):
     remove: str = "both"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("remove", self.remove, ("both", "teacher"))
 
     def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
         assert target is not None
         student_gram, target_gram = cosine_gram(student), cosine_gram(target)
-        removed = student_gram < 0
-        if self.remove == "teacher":
-            removed = removed & (target_gram < 0)
-        difference = student_gram.masked_fill(removed, 0.0) - target_gram.clamp(min=0)
-        return difference.square().mean(dim=(1, 2))
+        if self.remove == "both":
+            student_gram = student_gram.masked_fill(student_gram < 0, 0.0)
+        return (student_gram - target_gram.clamp(min=0)).square().mean(dim=(1, 2))

@@ -14,7 +14,7 @@ from diffusers_srepa.alignment.structural.tiled_kl import LOWEST_TILED_TEMPERATU
 
 
 MSE_FORMS = ("auto", "gram", "feature", "reference")
-KL_FORMS = ("auto", "tiled", "reference")
+KL_FORMS = ("auto", "tiled", "fused", "reference")
 KL_REDUCTIONS = ("mean", "batchmean")
 
 
@@ -76,7 +76,8 @@ def gram_kl_loss(
     """KL divergence between the neighbour distributions of teacher and student (sREPA Eq. 7 and 8).
 
     Computed outside autocast, in float64 if both inputs are float64 and in float32 otherwise. The teacher is detached.
-    A token with norm below 1e-6 counts as zero. All forms but `"reference"` are differentiable once.
+    A token with norm below 1e-6 counts as zero. All forms but `"reference"` are differentiable once. Float32 products
+    follow PyTorch's global setting.
 
     Args:
         student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, any float dtype, N >= 2.
@@ -85,15 +86,16 @@ def gram_kl_loss(
         tau_student (`float`): temperature of the student's softmax, > 0.
         reduction (`str`): `"mean"` over tokens is Eq. 8; `"batchmean"` is the sum over tokens, N times larger, which
             Algorithm 1 computes when taken literally.
-        form (`str`): `"tiled"` never builds an N x N matrix and takes temperatures from 1/300; `"reference"` is the
-            plain formula, at any temperature; `"auto"` is tiled where it can be.
+        form (`str`): `"tiled"` never builds an N x N matrix and takes temperatures from 1/300; `"fused"` is the same
+            with Triton kernels, on CUDA, in float32, at temperatures from 1/40; `"reference"` is the plain formula,
+            at any temperature; `"auto"` takes the first that can run of fused, tiled and reference.
 
     Returns:
         `torch.Tensor`: one value per sample, shape `(B,)`.
 
     Raises:
         ValueError: the shapes do not fit, there are fewer than two tokens, a temperature is not positive or too low
-            for the form, or `form` or `reduction` is unknown.
+            for the form, `form` or `reduction` is unknown, or the kernels of `form="fused"` cannot run.
     """
     check_choice("form", form, KL_FORMS)
     check_choice("reduction", reduction, KL_REDUCTIONS)
@@ -102,14 +104,14 @@ def gram_kl_loss(
     check_tokens(student_tokens, teacher_tokens)
     teacher_tokens = teacher_tokens.detach()
     tau_teacher, tau_student = float(tau_teacher), float(tau_student)
-    if form == "auto":
-        form = "tiled" if min(tau_teacher, tau_student) >= LOWEST_TILED_TEMPERATURE else "reference"
+    if form == "auto" and min(tau_teacher, tau_student) < LOWEST_TILED_TEMPERATURE:
+        form = "reference"
     with torch.autocast(device_type=student_tokens.device.type, enabled=False):
         if form == "reference":
             dtype = compute_dtype(student_tokens, teacher_tokens)
             student, teacher = student_tokens.to(dtype), teacher_tokens.to(dtype)
             return reference_gram_kl(student, teacher, tau_teacher, tau_student, reduction)
-        losses = tiled_gram_kl(student_tokens, teacher_tokens, tau_teacher, tau_student)
+        losses = tiled_gram_kl(student_tokens, teacher_tokens, tau_teacher, tau_student, form)
         return losses if reduction == "mean" else losses * student_tokens.shape[1]
 
 
@@ -121,13 +123,17 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_temperature(option: str, value: float) -> None:
     """Raise `ValueError` unless `value` is a positive finite temperature."""
-    if not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{option} must be a positive temperature, but is {value!r}.")
 
 
 def check_tokens(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> None:
     """Raise `ValueError` unless both are `(B, N, D)` tokens on one device with the same B and the same N >= 2."""
     for name, tokens in (("student_tokens", student_tokens), ("teacher_tokens", teacher_tokens)):
+        if not isinstance(tokens, torch.Tensor):
+            raise ValueError(
+                f"{name} must be a tensor (B, N, D), but is a {type(tokens).__name__}: pass the .tokens of a TokenMap."
+            )
         if tokens.ndim != 3:
             raise ValueError(f"{name} must have shape (B, N, D), but has shape {tuple(tokens.shape)}.")
         if not tokens.is_floating_point():

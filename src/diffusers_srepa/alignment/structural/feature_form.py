@@ -109,16 +109,22 @@ def _(
 def full_precision_products() -> Iterator[None]:
     """Matrix products of float32 tensors in float32, whatever the global settings, which are put back at the end."""
     cuda = torch.backends.cuda.matmul
-    settings: list[tuple[Any, str, Any]] = [(cuda, "allow_tf32", False)]
-    # torch >= 2.9 has one setting per backend, and reading the older switch beside it may raise.
     if hasattr(cuda, "fp32_precision"):
-        mkldnn = getattr(torch.backends.mkldnn, "matmul", None)
-        settings = [(backend, "fp32_precision", "ieee") for backend in (cuda, mkldnn) if backend is not None]
-    saved = [getattr(backend, name) for backend, name, _ in settings]
+        # One setting per backend; reading the older ones beside them may raise.
+        backends = [cuda, getattr(torch.backends.mkldnn, "matmul", cuda)]
+        saved = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, saved, strict=True):
+                backend.fp32_precision = precision
+        return
+    # Before torch 2.9, one setting for all backends; `allow_tf32` shows less of it than there is to put back.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
-        for backend, name, exact in settings:
-            setattr(backend, name, exact)
         yield
     finally:
-        for (backend, name, _), value in zip(settings, saved, strict=True):
-            setattr(backend, name, value)
+        torch.set_float32_matmul_precision(precision)

@@ -3,6 +3,10 @@
 With `M = S_T - S_S`, diagonal left out, the loss of a sample is `|M|^2 / (N (N - 1))` and its gradient with respect to
 the normalised student tokens is `-4 M Z_S / (N (N - 1))`. M is symmetric: the upper tiles are computed, kept for the
 backward pass, and used twice there.
+
+TensorFloat-32 products, where the user has switched them on, are used here: an error of M is relative to similarities,
+not to sums of their squares as in the feature form, and such products move the gradient by less than tokens that come
+in bfloat16 do, at any distance between student and teacher.
 """
 
 from typing import Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffusers_srepa.alignment.structural import fused
 from diffusers_srepa.alignment.structural.tiling import chunks_of_rows
 
 
@@ -46,34 +47,61 @@ def normalize_tokens(tokens: torch.Tensor) -> torch.Tensor:
     return tokens * inverse_norms(tokens)
 
 
-def normalize_into(out: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normalize_into(
+    out: torch.Tensor, tokens: torch.Tensor, use_kernels: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Write normalised tokens to reused memory; fresh memory would cost more than the arithmetic.
 
     Args:
-        out (`torch.Tensor`): at least as large as `tokens` in batch and rows; its dtype is that of the computation.
+        out (`torch.Tensor`): contiguous, at least as large as `tokens` in batch and rows; its dtype is that of the
+            computation.
         tokens (`torch.Tensor`): shape `(B, N, D)`, any float dtype.
+        use_kernels (`bool`, *optional*): whether to use a Triton kernel; where it runs and works if left out.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the normalised tokens, a view of `out`, and `1 / |x_i|` or 0, `(B, N, 1)`.
     """
     normalized = out[: tokens.shape[0], : tokens.shape[1]]
-    raw = tokens if tokens.dtype == out.dtype else normalized.copy_(tokens)
-    inverse = inverse_norms(raw)
-    return torch.mul(raw, inverse, out=normalized), inverse
+
+    def computation(with_kernels: bool) -> torch.Tensor:
+        if with_kernels:
+            return fused.normalize_into(normalized, tokens, ZERO_NORM)
+        raw = tokens if tokens.dtype == out.dtype else normalized.copy_(tokens)
+        inverse = inverse_norms(raw)
+        torch.mul(raw, inverse, out=normalized)
+        return inverse
+
+    if use_kernels is None:
+        return normalized, fused.with_fallback(computation, "auto", tokens, out.dtype)
+    return normalized, computation(use_kernels)
 
 
-def tangent_gradient_(gradient: torch.Tensor, normalized: torch.Tensor, scale: torch.Tensor) -> None:
+def tangent_gradient_(
+    gradient: torch.Tensor, normalized: torch.Tensor, scale: torch.Tensor, use_kernels: bool | None = None
+) -> None:
     """The gradient with respect to raw tokens from the one with respect to normalised tokens, in place.
 
     For `z = x / |x|` it is `(g - z (z . g)) / |x|`; a zero token has `z = 0` and scale 0 and so gets none.
 
     Args:
-        gradient (`torch.Tensor`): g, shape `(B, N, D)`; overwritten by the result.
-        normalized (`torch.Tensor`): z, same shape.
+        gradient (`torch.Tensor`): g, shape `(B, N, D)`, contiguous within a sample; overwritten by the result.
+        normalized (`torch.Tensor`): z, same shape, contiguous within a sample.
         scale (`torch.Tensor`): `1 / |x|` from `inverse_norms`, times any factor, shape `(B, N, 1)`.
+        use_kernels (`bool`, *optional*): whether to use a Triton kernel; where it runs and works if left out.
     """
-    for rows in chunks_of_rows(gradient):
-        part, direction = gradient[:, rows], normalized[:, rows]
-        # Not `vecdot`: a backward pass inside an autocast region would run it in bfloat16.
-        radial = (part * direction).sum(dim=-1, keepdim=True)
-        part.addcmul_(direction, radial, value=-1).mul_(scale[:, rows])
+
+    def computation(with_kernels: bool) -> None:
+        if with_kernels:
+            fused.tangent_gradient_(gradient, normalized, scale)
+            return
+        for rows in chunks_of_rows(gradient):
+            part, direction = gradient[:, rows], normalized[:, rows]
+            # Not `vecdot`: a backward pass inside an autocast region would run it in bfloat16.
+            radial = (part * direction).sum(dim=-1, keepdim=True)
+            part.addcmul_(direction, radial, value=-1).mul_(scale[:, rows])
+
+    if use_kernels is None:
+        # Starting anew is safe though in place: a kernel that cannot be launched has written nothing.
+        fused.with_fallback(computation, "auto", gradient, gradient.dtype)
+    else:
+        computation(use_kernels)

@@ -11,10 +11,12 @@ Cosines are at most 1, so the exponentials stay within `exp(+-1 / tau)` and need
 the temperature is not extremely low: below 1/40 they are computed in float64, below 1/300 not here.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from diffusers_srepa.alignment.structural import fused
 from diffusers_srepa.alignment.structural.normalize import compute_dtype, normalize_into, tangent_gradient_
 from diffusers_srepa.alignment.structural.tiling import RowTile, add_symmetric_product_, plan_tiles
 
@@ -24,70 +26,84 @@ LOWEST_TILED_TEMPERATURE = 1 / 300
 
 
 def tiled_gram_kl(
-    student_tokens: torch.Tensor, teacher_tokens: torch.Tensor, tau_teacher: float, tau_student: float
+    student_tokens: torch.Tensor,
+    teacher_tokens: torch.Tensor,
+    tau_teacher: float,
+    tau_student: float,
+    form: str = "auto",
 ) -> torch.Tensor:
     """Gram-KL (Eq. 8, mean over tokens) of raw tokens `(B, N, D_S)` and `(B, N, D_T)`, N >= 2: shape `(B,)`.
 
     In float32, or in float64 if both inputs are float64. Differentiable once, in the student alone. Keeps `2 B N`
-    numbers for the backward pass; each pass needs normalised tokens and a few tiles besides.
+    numbers for the backward pass; each pass needs normalised tokens and a few tiles besides. `form` is `"auto"`,
+    `"tiled"` or `"fused"`, see `fused.with_fallback`.
 
     Raises:
-        ValueError: a temperature is below 1/300.
+        ValueError: a temperature is below 1/300, or `form` is `"fused"` and the kernels cannot run.
     """
     if min(tau_teacher, tau_student) < LOWEST_TILED_TEMPERATURE:
         raise ValueError(
-            f"the tiled form needs temperatures of at least {LOWEST_TILED_TEMPERATURE:.4f}, but tau_teacher is "
+            f"the tiled forms need temperatures of at least {LOWEST_TILED_TEMPERATURE:.4f}, but tau_teacher is "
             f"{tau_teacher} and tau_student {tau_student}: raise them, or set form='reference'."
         )
-    return _TiledGramKL.apply(student_tokens, teacher_tokens, tau_teacher, tau_student)
+    return _TiledGramKL.apply(student_tokens, teacher_tokens, tau_teacher, tau_student, form)
 
 
 class _TiledGramKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float, form: str
     ) -> torch.Tensor:
-        losses, row_sums = _forward(student, teacher, tau_teacher, tau_student)
+        losses, row_sums = _forward(student, teacher, tau_teacher, tau_student, form)
         ctx.save_for_backward(student, teacher, row_sums)
-        ctx.temperatures = (tau_teacher, tau_student)
+        ctx.options = (tau_teacher, tau_student, form)
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _backward(grad_losses, *ctx.saved_tensors, *ctx.temperatures), None, None, None
+        return _backward(grad_losses, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 @torch.library.custom_op("diffusers_srepa::tiled_gram_kl", mutates_args=())
 def _forward(
-    student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float
+    student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float, form: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses `(B,)` and the row sums of teacher and student, shape `(2, B, N)`."""
+    dtype = _dtype(student, teacher, tau_teacher, tau_student)
+    computation = partial(_forward_pass, student, teacher, tau_teacher, tau_student)
+    return fused.with_fallback(computation, form, student, dtype)
+
+
+def _forward_pass(
+    student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float, use_kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_samples, num_tokens, _ = student.shape
     plan = plan_tiles(student)
-    row_sums = student.new_zeros(2, num_samples, num_tokens, dtype=_dtype(student, teacher, tau_teacher, tau_student))
+    row_sums = student.new_empty(2, num_samples, num_tokens, dtype=_dtype(student, teacher, tau_teacher, tau_student))
     losses = row_sums.new_empty(num_samples)
     student_memory = row_sums.new_empty(plan.chunk_size, num_tokens, student.shape[2])
     teacher_memory = row_sums.new_empty(plan.chunk_size, num_tokens, teacher.shape[2])
-    scratch = row_sums.new_empty(3, plan.tile_size)
+    scratch = row_sums.new_empty(2 if use_kernels else 3, plan.tile_size)
     for chunk in plan.chunks():
-        z_student, _ = normalize_into(student_memory, student[chunk])
-        z_teacher, _ = normalize_into(teacher_memory, teacher[chunk])
-        teacher_sums, student_sums = row_sums[0, chunk], row_sums[1, chunk]
-        gaps = torch.zeros_like(teacher_sums)
+        z_student, _ = normalize_into(student_memory, student[chunk], use_kernels)
+        z_teacher, _ = normalize_into(teacher_memory, teacher[chunk], use_kernels)
+        sums = row_sums.new_zeros(len(z_student), 3, num_tokens)
         for tile in plan.tiles():
             teacher_logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
             student_logits = _logits(scratch[1], z_student, tile, tau_student)
-            weights = torch.exp(teacher_logits, out=tile.of_scratch(scratch[2], len(z_teacher)))
-            _add_row_sums_(teacher_sums, weights, tile)
-            _add_row_sums_(gaps, teacher_logits.sub_(student_logits).mul_(weights), tile)
-            _add_row_sums_(student_sums, student_logits.exp_(), tile)
+            if use_kernels:
+                fused.add_sums_(sums, teacher_logits, student_logits, tile)
+            else:
+                _add_sums_(sums, teacher_logits, student_logits, tile, scratch[2])
+        teacher_sums, gaps, student_sums = sums.unbind(dim=1)
+        row_sums[0, chunk], row_sums[1, chunk] = teacher_sums, student_sums
         losses[chunk] = (gaps / teacher_sums - teacher_sums.log() + student_sums.log()).mean(dim=1)
     return losses.to(compute_dtype(student, teacher)), row_sums
 
 
 @_forward.register_fake
 def _(
-    student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float
+    student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float, form: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_samples, num_tokens, _ = student.shape
     losses = student.new_empty(num_samples, dtype=compute_dtype(student, teacher))
@@ -103,8 +119,22 @@ def _backward(
     row_sums: torch.Tensor,
     tau_teacher: float,
     tau_student: float,
+    form: str,
 ) -> torch.Tensor:
     """The gradient of the losses, weighted by `grad_losses`, with respect to the raw student tokens."""
+    computation = partial(_backward_pass, grad_losses, student, teacher, row_sums, tau_teacher, tau_student)
+    return fused.with_fallback(computation, form, student, row_sums.dtype)
+
+
+def _backward_pass(
+    grad_losses: torch.Tensor,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    row_sums: torch.Tensor,
+    tau_teacher: float,
+    tau_student: float,
+    use_kernels: bool,
+) -> torch.Tensor:
     num_tokens = student.shape[1]
     plan = plan_tiles(student)
     gradient = torch.empty(student.shape, dtype=row_sums.dtype, device=student.device)
@@ -114,16 +144,21 @@ def _backward(
     scratch = gradient.new_empty(2, plan.tile_size)
     shares = row_sums.reciprocal()
     for chunk in plan.chunks():
-        z_student, inverse = normalize_into(student_memory, student[chunk])
-        z_teacher, _ = normalize_into(teacher_memory, teacher[chunk])
+        z_student, inverse = normalize_into(student_memory, student[chunk], use_kernels)
+        z_teacher, _ = normalize_into(teacher_memory, teacher[chunk], use_kernels)
         for tile in plan.tiles():
-            block = tile.of_scratch(scratch[1], len(z_student)).zero_()
-            exponentials = _logits(scratch[0], z_student, tile, tau_student).exp_()
-            _add_probabilities_(block, exponentials, shares[1, chunk], tile, sign=1)
-            exponentials = _logits(scratch[0], z_teacher, tile, tau_teacher).exp_()
-            _add_probabilities_(block, exponentials, shares[0, chunk], tile, sign=-1)
+            if use_kernels:
+                block = _logits(scratch[1], z_student, tile, tau_student)
+                teacher_logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
+                fused.symmetric_weights_(block, teacher_logits, shares[1, chunk], shares[0, chunk], tile.start)
+            else:
+                block = tile.of_scratch(scratch[1], len(z_student)).zero_()
+                exponentials = _mask_diagonal_(_logits(scratch[0], z_student, tile, tau_student)).exp_()
+                _add_probabilities_(block, exponentials, shares[1, chunk], tile, sign=1)
+                exponentials = _mask_diagonal_(_logits(scratch[0], z_teacher, tile, tau_teacher)).exp_()
+                _add_probabilities_(block, exponentials, shares[0, chunk], tile, sign=-1)
             add_symmetric_product_(gradient[chunk], block, z_student, tile)
-        tangent_gradient_(gradient[chunk], z_student, inverse * factors[chunk])
+        tangent_gradient_(gradient[chunk], z_student, inverse * factors[chunk], use_kernels)
     return gradient.to(student.dtype)
 
 
@@ -135,6 +170,7 @@ def _(
     row_sums: torch.Tensor,
     tau_teacher: float,
     tau_student: float,
+    form: str,
 ) -> torch.Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
@@ -145,12 +181,33 @@ def _dtype(student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau
 
 
 def _logits(scratch: torch.Tensor, normalized: torch.Tensor, tile: RowTile, tau: float) -> torch.Tensor:
-    """Similarities of a tile divided by the temperature; the diagonal is the lowest finite number, whose exponential
-    is 0 and whose difference from itself, unlike that of infinities, is a number."""
+    """Similarities of a tile divided by the temperature, those on the diagonal too."""
     logits = tile.of_scratch(scratch, len(normalized))
-    logits.baddbmm_(normalized[:, tile.rows], normalized[:, tile.columns].transpose(1, 2), beta=0, alpha=1 / tau)
+    columns = normalized[:, tile.columns].transpose(1, 2)
+    return logits.baddbmm_(normalized[:, tile.rows], columns, beta=0, alpha=1 / tau)
+
+
+def _mask_diagonal_(logits: torch.Tensor) -> torch.Tensor:
+    """Set the diagonal to the lowest finite number, whose exponential is 0 and whose difference from itself, unlike
+    that of infinities, is a number."""
     logits.diagonal(dim1=1, dim2=2).fill_(torch.finfo(logits.dtype).min)
     return logits
+
+
+def _add_sums_(
+    sums: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    student_logits: torch.Tensor,
+    tile: RowTile,
+    scratch: torch.Tensor,
+) -> None:
+    """What `fused.add_sums_` does, in PyTorch; overwrites the logits."""
+    _mask_diagonal_(teacher_logits)
+    _mask_diagonal_(student_logits)
+    weights = torch.exp(teacher_logits, out=tile.of_scratch(scratch, len(teacher_logits)))
+    _add_row_sums_(sums[:, 0], weights, tile)
+    _add_row_sums_(sums[:, 1], teacher_logits.sub_(student_logits).mul_(weights), tile)
+    _add_row_sums_(sums[:, 2], student_logits.exp_(), tile)
 
 
 def _add_row_sums_(sums: torch.Tensor, block: torch.Tensor, tile: RowTile) -> None:

@@ -1,0 +1,1 @@
+"""Conversion of official checkpoints of SiT, REPA, iREPA and REG to pipelines, and back."""

@@ -1,0 +1,254 @@
+"""From a checkpoint file to a pipeline's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from diffusers_srepa.alignment.projectors import save_projector
+from diffusers_srepa.conversion.card import ConversionFacts, write_card
+from diffusers_srepa.conversion.checkpoint_file import read_checkpoint
+from diffusers_srepa.conversion.class_names import find_class_names
+from diffusers_srepa.conversion.layout import DESCRIPTIONS, Choices, Layout, read_layout
+from diffusers_srepa.conversion.projectors import build_projector, name_projectors
+from diffusers_srepa.conversion.repa import to_diffusers
+from diffusers_srepa.conversion.sit import GUIDANCE_CHANNELS, to_repa_convention
+from diffusers_srepa.conversion.state_dict import Weights, check_finite, select_weights
+from diffusers_srepa.conversion.write_pipeline import check_target, write_folder
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
+from diffusers_srepa.latents.build import load_codec
+from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
+from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+
+
+SCHEDULERS = ("euler-maruyama", "euler")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Args:
+        path (`Path`): the pipeline's folder, or the file of an exported state dict.
+        summary (`str`): a sentence about what was found and written.
+        notes (`tuple[str, ...]`): what the user should know beyond it.
+        repository (`str`, *optional*): the Hub repository that was claimed for it.
+    """
+
+    path: Path
+    summary: str
+    notes: tuple[str, ...] = ()
+    repository: str | None = None
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    *,
+    vae: str | Path | None = None,
+    vae_subfolder: str | None = None,
+    vae_revision: str | None = None,
+    weights: str | None = None,
+    choices: Choices | None = None,
+    scheduler: str = "euler-maruyama",
+    dtype: str | None = None,
+    id2label: str | None = None,
+    projector_names: Sequence[str] | None = None,
+    overwrite: bool = False,
+    claim_repository: Callable[[], str] | None = None,
+) -> Conversion:
+    """Convert an official checkpoint of SiT, REPA, iREPA or REG to a folder for `SiTPipeline.from_pretrained`.
+
+    Everything is checked before anything is written, and the folder appears whole or not at all. Projectors go to
+    `output_dir/projectors/<name>`, from where `--model.init_from` takes them up.
+
+    Args:
+        checkpoint (`str` or `Path`): the file, see [`read_checkpoint`].
+        output_dir (`str` or `Path`): folder to write; it must be empty or not exist, unless `overwrite` is set.
+        vae (`str` or `Path`): autoencoder of the latents, a folder or Hub id, or "pixels" for a model of pixels.
+        vae_subfolder, vae_revision (`str`, *optional*): where the autoencoder is in its repository.
+        weights (`str`, *optional*): "ema" or "model"; by default the average where there is one.
+        choices (`Choices`, *optional*): what the tensors do not show.
+        scheduler (`str`): "euler-maruyama" or "euler".
+        dtype (`str`, *optional*): precision of transformer and projectors, by default the checkpoint's.
+        id2label (`str`, *optional*): "imagenet", "none" or a JSON file; by default ImageNet's names for 1000 classes.
+        projector_names (`Sequence[str]`, *optional*): folder names of the projectors, by default "default" for the
+            first.
+        overwrite (`bool`): whether a pipeline in `output_dir` may be replaced.
+        claim_repository (`Callable[[], str]`, *optional*): called after the checks and before writing; returns the Hub
+            id that the model card names.
+
+    Raises:
+        ConfigurationError: anything that cannot be converted, in one sentence; nothing has been written then.
+    """
+    target = Path(output_dir)
+    vae, precision = _require_vae(vae), _dtype(dtype)
+    check_target(target, overwrite, [checkpoint, vae, *([id2label] if id2label else [])])
+    selected = select_weights(read_checkpoint(checkpoint), weights)
+    layout = read_layout(selected, choices or Choices())
+    names = name_projectors(len(layout.projectors), projector_names)
+    labels = find_class_names(id2label, layout.config["num_classes"])
+    sampler = _build_scheduler(scheduler, layout.path_type)
+    autoencoder = _load_vae(vae, vae_subfolder, vae_revision, layout.config["in_channels"])
+    transformer, projectors = _convert(selected, layout, names, precision)
+    pipeline = SiTPipeline(
+        transformer=transformer,
+        vae=autoencoder,
+        scheduler=sampler,
+        id2label=labels,
+        guidance_channels=_guidance_channels(layout),
+    )
+    repository = claim_repository() if claim_repository is not None else None
+    facts = _facts(selected, layout, pipeline, list(projectors), repository)
+
+    def fill(folder: Path) -> None:
+        pipeline.save_pretrained(folder)
+        for name, projector in projectors.items():
+            save_projector(projector, folder / "projectors" / name)
+        write_card(folder, facts)
+
+    write_folder(target, fill)
+    return Conversion(target, _summary(facts, layout), _notes(selected, layout, weights), repository)
+
+
+def _guidance_channels(layout: Layout) -> int | None:
+    """Of a SiT with more than three channels, the three that its own sampler guides."""
+    return GUIDANCE_CHANNELS if layout.format == "sit" and layout.config["in_channels"] > GUIDANCE_CHANNELS else None
+
+
+def _facts(
+    selected: Weights, layout: Layout, pipeline: SiTPipeline, projectors: Sequence[str], repository: str | None
+) -> ConversionFacts:
+    config = layout.config
+    return ConversionFacts(
+        format=layout.format,
+        model_name=layout.model_name,
+        num_parameters=pipeline.transformer.num_parameters(),
+        num_classes=config["num_classes"],
+        channels=config["in_channels"],
+        latent_size=" x ".join(str(size * config["patch_size"]) for size in pipeline.transformer.grid_size),
+        source=selected.source,
+        steps=selected.steps,
+        guidance_channels=pipeline.config.guidance_channels,
+        projectors=tuple(projectors),
+        encoder_depth=layout.encoder_depth,
+        example_class=_example_class(pipeline.config.id2label),
+        hub_id=repository,
+    )
+
+
+def _convert(
+    selected: Weights, layout: Layout, projector_names: Sequence[str], dtype: torch.dtype | None
+) -> tuple[SiTTransformer2DModel, dict[str, nn.Module]]:
+    """The transformer and the projectors by name; empties the state dict."""
+    state = selected.state
+    check_finite(state)
+    if layout.format == "sit":
+        to_repa_convention(state, layout.config["in_channels"], layout.final_channels)
+    # Without memory, and so without initial values, until the weights are there.
+    with torch.device("meta"):
+        transformer = SiTTransformer2DModel(**layout.config)
+    transformer.load_state_dict(to_diffusers(state, layout.config["class_token_dim"] is not None, dtype), assign=True)
+    projectors: dict[str, nn.Module] = {}
+    for name, (number, weights) in zip(projector_names, layout.projectors.items(), strict=True):
+        check_finite({f"projectors.{number}.{key}": value for key, value in weights.items()})
+        projectors[name] = build_projector(number, weights, layout.dim, dtype)
+    if dtype is not None:
+        for module in (transformer, *projectors.values()):
+            check_finite(module.state_dict(), remedy=f"they do not fit into {dtype}; choose another --dtype")
+    return transformer.eval(), projectors
+
+
+def _require_vae(name: str | Path | None) -> str | Path:
+    if name is None:
+        raise ConfigurationError(
+            "no autoencoder was given: set --vae, for example to stabilityai/sd-vae-ft-ema, or to pixels for a model "
+            "of pixels."
+        )
+    return name
+
+
+def _load_vae(name: str | Path, subfolder: str | None, revision: str | None, channels: int) -> Any:
+    """The autoencoder in float32, or None for pixels."""
+    try:
+        codec = load_codec(name, **({} if str(name) == "pixels" else {"subfolder": subfolder, "revision": revision}))
+    except ConfigurationError as error:
+        # The codec names the options of a training run.
+        message = str(error).replace("latents.vae", "--vae").replace("latents.subfolder", "--vae_subfolder")
+        raise ConfigurationError(message) from None
+    if codec.latent_channels != channels:
+        raise ConfigurationError(
+            f"the autoencoder {name} has {codec.latent_channels} latent channels, but the checkpoint has {channels}: "
+            "change --vae."
+        )
+    if not isinstance(codec, AutoencoderKLCodec):
+        return None
+    if Path(name).exists():
+        # diffusers writes the name into the configuration, where a published pipeline would show a local path.
+        codec.vae.register_to_config(_name_or_path="")
+    return codec.vae
+
+
+def _build_scheduler(name: str, path_type: str) -> Any:
+    if name not in SCHEDULERS:
+        raise ConfigurationError(f"--scheduler is {name!r}, but must be one of {', '.join(SCHEDULERS)}.")
+    return (
+        FlowMatchEulerDiscreteScheduler() if name == "euler" else FlowMatchEulerMaruyamaScheduler(path_type=path_type)
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ConfigurationError(f"--dtype is {name!r}, but must be one of {', '.join(DTYPES)}.")
+    return None if name is None else getattr(torch, name)
+
+
+def _example_class(labels: dict[str, str] | None) -> str | None:
+    """The first class by its first name, if no other class has that name too."""
+    if not labels:
+        return None
+    name = labels["0"].split(",")[0].strip()
+    synonyms = [{part.strip().casefold() for part in entry.split(",")} for entry in labels.values()]
+    owners = [entry for entry in synonyms if name.casefold() in entry]
+    return name if name and len(owners) == 1 else None
+
+
+def _summary(facts: ConversionFacts, layout: Layout) -> str:
+    config = layout.config
+    blocks, projectors = config["num_layers"], len(facts.projectors)
+    return (
+        f"{DESCRIPTIONS[layout.format]} checkpoint"
+        + (f", {facts.source} weights" if facts.source else "")
+        + (f" after {facts.steps} steps" if facts.steps is not None else "")
+        + f": {blocks} block{'s' * (blocks != 1)} of width {layout.dim}, {config['num_attention_heads']} heads, patch "
+        + f"{config['patch_size']}, latents {facts.channels} x {facts.latent_size}, {facts.num_classes} classes, "
+        + f"{layout.path_type} path, {projectors or 'no'} projector{'s' * (projectors != 1)}"
+    )
+
+
+def _notes(selected: Weights, layout: Layout, weights: str | None) -> tuple[str, ...]:
+    notes = []
+    if selected.source == "model" and weights is None:
+        notes.append("the checkpoint has no averaged weights (ema): those of the model were taken.")
+    if layout.format == "sit" and "prediction" not in selected.arguments:
+        notes.append(
+            "the checkpoint does not say what it predicts: a velocity model of the "
+            f"{layout.path_type} path was assumed."
+        )
+    if layout.encoder_depth is not None:
+        notes.append(
+            f"the projectors read block {layout.encoder_depth}: continue aligned training with --alignment.depth "
+            f"{layout.encoder_depth}."
+        )
+    if layout.config["class_dropout_prob"] == 0:
+        notes.append("the model has no null class, so it cannot be guided.")
+    return tuple(notes)

@@ -1,0 +1,120 @@
+"""YAML files of a training run: read over their base, laid over one another, checked for unknown keys."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from copy import deepcopy
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from diffusers_srepa.errors import ConfigurationError, close_matches
+from diffusers_srepa.training.config import TrainingConfig
+
+
+_MOST_VALUES = 10_000
+_DEEPEST = 50
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error; by default the first one is dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, laid over the file that its `base:` names, relative to the file itself.
+
+    Raises:
+        ConfigurationError: no such file, not YAML, not a mapping, or a `base:` that leads back to itself.
+    """
+    try:
+        path = path.expanduser()
+        if path.resolve() in _above:
+            raise ConfigurationError(f"the configuration file {path} names itself as its base.")
+        # A subclass of the safe loader: it makes plain values only.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except ConfigurationError:
+        raise
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        raise ConfigurationError(f"the configuration file {path} cannot be read: {reason}.") from None
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        # PyYAML lets through whatever Python says of a number, a date or a path that cannot be.
+        message = " ".join(str(error).split()).rstrip(".")
+        raise ConfigurationError(f"the configuration file {path} is not valid YAML: {message}.") from None
+    values = {} if values is None else values
+    check_size(values, f"the configuration file {path}")
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"the configuration file {path} holds a {type(values).__name__}, not a mapping.")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return merge(read_yaml(path.parent / str(base), (*_above, path.resolve())), values)
+
+
+def check_size(values: Any, described: str) -> None:
+    """Refuse values that are nested without end or in which aliases stand for millions of others.
+
+    Raises:
+        ConfigurationError: they are.
+    """
+    visited, pending = 0, [(values, 0)]
+    while pending:
+        value, depth = pending.pop()
+        visited += 1
+        if depth > _DEEPEST or visited > _MOST_VALUES:
+            raise ConfigurationError(
+                f"{described} holds more than {_MOST_VALUES} values or mappings {_DEEPEST} levels deep, perhaps by an "
+                "alias (*) that contains itself."
+            )
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        pending += [(entry, depth + 1) for entry in inner]
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `under`: mappings merge by key unless their `name` differs, everything else is replaced."""
+    merged = dict(deepcopy(dict(under)))
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and _same_kind(below, value):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = deepcopy(value)
+    return merged
+
+
+def _same_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    # {name: gram_kl, tau_student: 0.4} over {name: gram_mse} is another thing, not a change of the first.
+    return "name" not in above or above["name"] == below.get("name", above["name"])
+
+
+def check_keys(values: Mapping[str, Any], target: type = TrainingConfig, prefix: str = "") -> None:
+    """Refuse keys that are no field of the (nested) dataclass `target`.
+
+    Raises:
+        ConfigurationError: naming the key and the closest known ones.
+    """
+    hints = get_type_hints(target)
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigurationError(
+                f"there is no option {prefix}{key}, {close_matches(str(key), hints)}"
+                + (f" (in section {prefix.rstrip('.')})" if prefix else "")
+                + "."
+            )
+        if value is None and not is_dataclass(hints[key]) and type(None) not in get_args(hints[key]):
+            raise ConfigurationError(f"option {prefix}{key} is null, but needs a value: give one, or leave it out.")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigurationError(
+                    f"section {prefix}{key} is {value!r}, but must be a mapping of options to values."
+                )
+            check_keys(value, hints[key], f"{prefix}{key}.")

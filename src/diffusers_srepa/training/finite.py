@@ -1,0 +1,87 @@
+"""What happens to a step whose loss or gradient is not finite: it is skipped, and too many in a row end the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+
+from diffusers_srepa.training.run_folder import CHECKPOINT_PREFIX, checkpoint_folders
+
+
+logger = get_logger(__name__)
+
+
+def poison_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, with a gradient of NaN if it is not finite.
+
+    The gradient's norm, equal on all processes, then tells every process of a bad loss on one of them.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
+
+
+class FiniteGuard:
+    """Counts the steps that were skipped, and knows up to which step the weights are good.
+
+    Args:
+        limit (`int`): skipped steps in a row that are let pass.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.skipped_steps = 0
+        self._in_a_row = 0
+        self._proven_step = 0
+
+    def restore(self, step: int, skipped_steps: int) -> None:
+        """Go on after `step` of a run that had skipped `skipped_steps`."""
+        self.skipped_steps, self._in_a_row, self._proven_step = skipped_steps, 0, step
+
+    def note(self, step: int, finite: bool) -> None:
+        """Count a step.
+
+        Args:
+            step (`int`): steps made before this one.
+            finite (`bool`): whether the weights after `step` steps gave a finite loss and gradient.
+        """
+        if finite:
+            self._in_a_row, self._proven_step = 0, step
+            return
+        self.skipped_steps += 1
+        self._in_a_row += 1
+        logger.warning(
+            f"step {step + 1}: loss or gradient is not finite, the step is skipped ({self._in_a_row} in a row)"
+        )
+
+    def check(self, step: int, output_dir: Path) -> None:
+        """End the run after too many skipped steps in a row.
+
+        Args:
+            step (`int`): steps made.
+            output_dir (`Path`): folder of the run.
+
+        Raises:
+            FloatingPointError: naming the last checkpoint whose weights gave a finite loss.
+        """
+        if self._in_a_row > self.limit:
+            raise FloatingPointError(self._verdict(step, output_dir))
+
+    def check_end(self, step: int, output_dir: Path) -> None:
+        """Refuse to finish with weights whose last loss was not finite.
+
+        Raises:
+            FloatingPointError: as `check`.
+        """
+        if self._in_a_row > 0:
+            raise FloatingPointError(self._verdict(step, output_dir))
+
+    def _verdict(self, step: int, output_dir: Path) -> str:
+        saved = checkpoint_folders(output_dir)
+        good = [folder for folder in saved if int(folder.name.removeprefix(CHECKPOINT_PREFIX)) <= self._proven_step]
+        last = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
+        return (
+            f"loss or gradient was not finite in the last {self._in_a_row} step(s) up to step {step} (at most "
+            f"{self.limit} in a row are skipped, training.max_skipped_steps); {last}: lower optimizer.lr, or check "
+            "the data."
+        )

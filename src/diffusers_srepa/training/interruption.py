@@ -1,0 +1,120 @@
+"""Ending a run in good order when it is asked to stop: by a signal, or by the death of its launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+
+
+EXIT_CODE = 75
+"""Exit code of a run that was stopped and can be resumed: `EX_TEMPFAIL` of sysexits.h, "try again"."""
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_LAUNCHER_MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+# By then the training process has ended too, unless it hangs.
+_SECONDS_THAT_WORKERS_STAY = 30.0
+
+
+class TrainingInterrupted(Exception):
+    """A run was asked to stop and has stopped after a whole step; `EXIT_CODE` is its exit code."""
+
+    exit_code = EXIT_CODE
+
+
+class StopRequest:
+    """Notices, as a context around the loop, that the run is asked to stop, and lets all processes agree on the step.
+
+    The first SIGINT, SIGTERM or SIGHUP asks; a second one acts as it did outside the context. A launcher that is
+    killed leaves its processes running without a word, so a new parent process asks too.
+
+    Args:
+        accelerator (`Accelerator`): the run's.
+        environment (`Mapping[str, str]`, *optional*): tells whether there is a launcher; the process's own by default.
+    """
+
+    def __init__(self, accelerator: Accelerator, environment: Mapping[str, str] | None = None) -> None:
+        environment = os.environ if environment is None else environment
+        self.reason: str | None = None
+        self._parent = os.getppid() if any(mark in environment for mark in _LAUNCHER_MARKS) else None
+        self._before: dict[signal.Signals, Any] = {}
+        self._group = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        if accelerator.num_processes > 1:
+            # A group of CPU tensors: asking an accelerator would make every step wait for it.
+            self._group = distributed.new_group(backend="gloo")
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for name in _SIGNALS:
+                number = getattr(signal, name, None)
+                # nohup ignores SIGHUP on purpose.
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+        if self._pending is not None and error is None:
+            self._pending[0].wait()
+        self._pending = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """Whether this process was asked."""
+        if self.reason is None and self._parent is not None and os.getppid() != self._parent:
+            self.reason = "the end of its launcher"
+        return self.reason is not None
+
+    def agreed(self) -> bool:
+        """Whether the run stops now; every process must call once a step, and all get the same answer.
+
+        With several processes the answer comes a step late, so that no step waits for it.
+        """
+        if self._group is None:
+            return self.requested()
+        flag = torch.tensor([int(self.requested())])
+        before, work = self._pending, distributed.all_reduce(flag, group=self._group, async_op=True)
+        self._pending = (work, flag)
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())
+
+
+def outlive_signals(worker_id: int) -> None:
+    """Let a loader process survive the signals that its whole process group gets, until the run has stopped by itself.
+
+    Give it to a `DataLoader` as `worker_init_fn`. Otherwise a terminal's Ctrl-C or a scheduler's SIGTERM kills the
+    loader first, and the training process fails in the middle of a step.
+
+    Args:
+        worker_id (`int`): number of the worker, unused.
+    """
+
+    def leave_later(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(_SECONDS_THAT_WORKERS_STAY, os._exit, args=(0,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), leave_later)
