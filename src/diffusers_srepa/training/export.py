@@ -59,8 +59,8 @@ def _publishable_vae(codec: LatentCodec, config: TrainingConfig) -> Any:
 def save_finished(pipeline: SiTPipeline, student: AlignedDenoiser, output_dir: Path) -> None:
     """Write the pipeline, and the projectors for further aligned training, with the weights that they have now.
 
-    Everything is written beside its place first and then moved, `model_index.json` last: a folder that has this file has
-    a whole pipeline.
+    Everything is written beside its place first and then moved, `model_index.json` last: a folder that has this file
+    has a whole pipeline.
 
     Raises:
         CheckpointError: the disk is full or fails otherwise; the run can be resumed, and writes the pipeline then.
