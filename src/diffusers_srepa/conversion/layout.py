@@ -136,13 +136,14 @@ def _read_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The arguments of `expected_shapes`, each from one tensor."""
     _check_needed(state)
     dim, in_channels, patch_size = _check_patch_weight(state[_PATCH_WEIGHT])
-    final_rows = state[f"{names.FINAL_LAYER}.weight"].shape[0]
-    _check_final_rows(final_rows, patch_size, in_channels)
-    for name, ndim in ((names.POSITIONS, 3), (_TABLE, 2), (_MLP_WEIGHT, 2)):
+    final_weight = f"{names.FINAL_LAYER}.weight"
+    for name, ndim in ((final_weight, 2), (names.POSITIONS, 3), (_TABLE, 2), (_MLP_WEIGHT, 2)):
         if state[name].ndim != ndim:
             raise ConfigurationError(
                 f"the tensor {name} has shape {tuple(state[name].shape)}, but must have {ndim} dimensions."
             )
+    final_rows = state[final_weight].shape[0]
+    _check_final_rows(final_rows, patch_size, in_channels)
     return {
         "dim": dim,
         "num_layers": names.count_blocks(state),

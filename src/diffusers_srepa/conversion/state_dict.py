@@ -110,6 +110,10 @@ def _check_state(state: dict[str, Any]) -> dict[str, torch.Tensor]:
                 f"the tensor {name} has dtype {value.dtype} and layout {value.layout}, but must be dense and of a "
                 "floating point type."
             )
+        if value.is_meta:
+            raise ConfigurationError(
+                f"the tensor {name} was saved from the meta device and has no values: change --checkpoint."
+            )
     return {name: value.detach() for name, value in state.items()}
 
 
@@ -137,6 +141,6 @@ def _arguments(args: Any) -> dict[str, Any]:
 
 
 def _steps(steps: Any) -> int | None:
-    if isinstance(steps, torch.Tensor) and steps.numel() == 1:
+    if isinstance(steps, torch.Tensor) and steps.numel() == 1 and not steps.is_meta:
         steps = steps.item()
     return steps if isinstance(steps, int) and not isinstance(steps, bool) else None

@@ -56,7 +56,8 @@ def read_arguments(arguments: Mapping[str, Any]) -> RunFacts:
 
 
 def _original(arguments: Mapping[str, Any]) -> str | None:
-    path, prediction = arguments.get("path_type"), arguments.get("prediction")
+    # Compared as text: a file may hold anything there, also what cannot be hashed.
+    path, prediction = str(arguments.get("path_type")), str(arguments.get("prediction"))
     is_sit = bool(_SIT_OPTIONS & set(arguments)) or path in ("Linear", "GVP", "VP") or prediction in _SIT_PREDICTIONS
     is_repa = bool(_REPA_OPTIONS & set(arguments))
     if is_sit == is_repa:
