@@ -8,6 +8,7 @@ command line, which wins over files; `--print_config` shows the whole configurat
 """
 
 import sys
+from contextlib import suppress
 
 from diffusers_srepa import (
     ConfigurationError,
@@ -30,7 +31,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except TrainingInterrupted as stop:
         # Exit code 75: the run was asked to stop, has saved, and can be resumed.
-        sys.stderr.write(f"{stop}\n")
+        with suppress(OSError):  # The terminal may be gone.
+            sys.stderr.write(f"{stop}\n")
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(f"stopped; the checkpoints are in {config.output_dir}, go on with --resume_from_checkpoint latest")

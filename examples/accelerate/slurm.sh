@@ -13,6 +13,10 @@
 #SBATCH --signal=TERM@120
 set -uo pipefail
 
+# torchrun kills its processes half a minute after it has passed a signal on, unless told otherwise.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
+STARTED=$(mktemp)
+
 ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
@@ -20,9 +24,10 @@ srun torchrun \
     examples/train_srepa.py "$@" --resume_from_checkpoint latest --expected_processes $((SLURM_NNODES * 8))
 STATUS=$?
 
-# torchrun ends with 1 whatever its processes ended with; the run is finished when its pipeline is there.
+# torchrun ends with 1 whatever its processes ended with; the run is finished when its pipeline is there, and is not
+# one that an earlier, shorter run has left.
 OUTPUT=$(sed -n 's/.*--output_dir[ =]\([^ ]*\).*/\1/p' <<< "$*")
-if [ "$STATUS" -ne 0 ] && [ ! -e "$OUTPUT/model_index.json" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+if [ "$STATUS" -ne 0 ] && [ ! "$OUTPUT/model_index.json" -nt "$STARTED" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$STATUS"

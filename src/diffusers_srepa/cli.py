@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {in_own_options(' '.join(str(error).split()), arguments)}\n")
         return 2
     return 0
+
+
+def in_own_options(message: str, arguments: argparse.Namespace) -> str:
+    """A message with the options of a training run, which the library names, in those of the subcommand."""
+    renamed = {f"latents.{name}": f"--vae_{name}" for name in ("subfolder", "revision", "dtype")}
+    renamed |= {"latents.vae": "--vae", "validation.class_labels": "--class_labels"}
+    renamed |= {f"data.{name}": f"--{name}" for name in vars(arguments)}
+    return re.sub(
+        r"(?<![\w./-])(?:latents|data|validation)\.\w+(?![\w./-]\w)",
+        lambda found: renamed.get(found[0], found[0]),
+        message,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -141,15 +154,28 @@ def _sample(arguments: argparse.Namespace) -> None:
     from diffusers_srepa.errors import ConfigurationError
     from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
     from diffusers_srepa.training.config_sections import SamplingConfig, ValidationConfig
-    from diffusers_srepa.training.validation import sample_images, write_validation
+    from diffusers_srepa.training.validation import check_labels, sample_images, write_validation
 
-    for name in ("images_per_class", "batch_size"):
+    for name in ("images_per_class", "batch_size", "num_inference_steps"):
         if getattr(arguments, name) < 1:
             raise ConfigurationError(f"--{name} is {getattr(arguments, name)}, but must be at least 1.")
+    if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
+        raise ConfigurationError(f"{arguments.output_dir} is a file: set --output_dir to a folder.")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = SiTPipeline.from_pretrained(
-        arguments.model, revision=arguments.revision, dtype=getattr(torch, arguments.dtype)
-    ).to(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"--device {device} cannot be used ({str(error).splitlines()[0]}).") from None
+    try:
+        pipeline = SiTPipeline.from_pretrained(
+            arguments.model, revision=arguments.revision, dtype=getattr(torch, arguments.dtype)
+        ).to(device)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigurationError(
+            f"no pipeline can be loaded from {arguments.model} ({reason}): set --model to a folder that holds a "
+            "model_index.json, or to a Hub id."
+        ) from None
     num_classes = pipeline.transformer.config.num_classes
     classes = arguments.class_labels or list(range(num_classes))
     labels = [
@@ -157,6 +183,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         for label in classes
         for _ in range(arguments.images_per_class)
     ]
+    check_labels(pipeline, labels)
     validation = ValidationConfig(seed=arguments.seed, batch_size=arguments.batch_size)
     sampling = SamplingConfig(
         num_inference_steps=arguments.num_inference_steps, guidance_scale=arguments.guidance_scale

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from diffusers_srepa.training.interruption import EXIT_CODE
-from tests.helpers.launched_run import LAUNCHER, is_alive, logged_steps, run, start, wait_until
+from tests.helpers.launched_run import LAUNCHER, environment, is_alive, logged_steps, run, start, wait_until
 from tests.helpers.tiny_run import write_assets
 
 
@@ -117,6 +117,41 @@ def test_the_end_of_the_launcher_stops_the_run_it_started(options: list[str], wh
     _resume_and_compare(options, folder, whole)
 
 
+SET_UP_AND_WAIT = (
+    "import os, sys, time\n"
+    "from diffusers_srepa import Trainer, TrainingInterrupted, parse_training_config\n"
+    "trainer = Trainer(parse_training_config())\n"
+    "parent = os.getppid()\n"
+    "print('set up', os.getpid(), flush=True)\n"
+    "while os.getppid() == parent:\n"
+    "    time.sleep(0.02)\n"
+    "try:\n"
+    "    trainer.train()\n"
+    "except TrainingInterrupted as stop:\n"
+    "    print(stop, flush=True)\n"
+)
+
+
+def test_the_end_of_the_launcher_before_the_first_step_is_noticed(options: list[str], tmp_path: Path) -> None:
+    arguments = [*options, *ENDLESS, "--output_dir", str(tmp_path / "run")]
+    shell = subprocess.Popen(
+        ["sh", "-c", '"$@" & wait', "sh", sys.executable, "-c", SET_UP_AND_WAIT, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(TORCHELASTIC_RUN_ID="none"),
+    )
+    assert shell.stdout is not None
+    child = next(int(line.split()[-1]) for line in shell.stdout if line.startswith("set up"))
+    try:
+        os.kill(shell.pid, signal.SIGKILL)
+        output, _ = shell.communicate(timeout=60)
+    finally:
+        if is_alive(child):
+            os.kill(child, signal.SIGKILL)
+    assert "stopped by the end of its launcher after step 1;" in output
+
+
 def test_without_a_launcher_the_end_of_the_parent_is_no_reason_to_stop(options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shell = ["sh", "-c", '"$@" & echo $! ; wait', "sh", sys.executable]
@@ -134,13 +169,16 @@ def test_without_a_launcher_the_end_of_the_parent_is_no_reason_to_stop(options: 
         os.kill(child, signal.SIGKILL)
 
 
-def test_two_processes_agree_on_the_step_to_stop_at(options: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("signalled", ["one", "all"])
+def test_two_processes_agree_on_the_step_to_stop_at(options: list[str], tmp_path: Path, signalled: str) -> None:
     folder = tmp_path / "run"
     launcher = [*LAUNCHER, "--multi_gpu", "--num_processes", "2"]
     process = start([*options, "--output_dir", str(folder), "--data.num_workers", "0"], launcher)
     _wait_for_step(process, folder, 5)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGTERM)
+    # A scheduler signals all of them, and the launcher passes it on: its processes get it twice.
+    for pid in [process.pid, *map(int, children)] if signalled == "all" else [int(children[-1])]:
+        os.kill(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
     assert process.returncode != 0 and re.search(r"stopped by (SIGTERM|a signal to another process)", output)
     newest = max(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))

@@ -68,6 +68,16 @@ def test_two_processes_train_and_give_the_trajectory_of_one(runs: Path, name: st
             torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-4, msg=lambda text, key=key: key + text)
 
 
+def test_half_precision_is_the_same_with_and_without_sharding(runs: Path, tmp_path: Path) -> None:
+    options = [str(SCRIPT), "--config", str(runs / "config.yaml"), "--training.mixed_precision", "bf16"]
+    for launch, name in (([sys.executable], "one"), (TWO_WITH_FSDP, "sharded")):
+        result = _run([*launch, *options, "--training.max_steps", "2", "--output_dir", str(tmp_path / name)])
+        assert result.returncode == 0, result.stderr[-3000:]
+    # In full precision the first loss would differ by 3e-4.
+    assert _losses(tmp_path / "sharded")[0] == pytest.approx(_losses(tmp_path / "one")[0], rel=1e-5)
+    assert _losses(tmp_path / "sharded")[0] != pytest.approx(_losses(runs / "one")[0], rel=1e-4)
+
+
 def test_a_sharded_run_leaves_whole_weights_a_pipeline_and_pictures(runs: Path) -> None:
     one, sharded = (SiTPipeline.from_pretrained(runs / name) for name in ("one", "sharded"))
     for name, weight in sharded.transformer.named_parameters():

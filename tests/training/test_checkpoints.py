@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,13 @@ from diffusers_srepa.training.checkpoint_folder import (
     prune_checkpoints,
     remove_incomplete,
 )
-from diffusers_srepa.training.checkpoints import CheckpointError, RunState, load_checkpoint, save_checkpoint
+from diffusers_srepa.training.checkpoints import (
+    CheckpointError,
+    RunState,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from diffusers_srepa.training.ema import WeightAverage
 from diffusers_srepa.training.snapshot import take_snapshot
 
@@ -114,6 +121,51 @@ def test_the_newest_intact_checkpoint_is_found_and_damage_is_named(tmp_path: Pat
         find_checkpoint(tmp_path, "latest")
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"state.json": {}}', '{"state.json": null}', "\\xff{"])
+def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, content: str) -> None:
+    folder = _save(tmp_path, _parts(), 5)
+    (folder / "manifest.json").write_text(content)
+    assert find_damage(folder) in ("manifest.json is missing or unreadable", "state.json is missing")
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_damage(tmp_path: Path) -> None:
+    folder = _save(tmp_path, _parts(), 5)
+    (folder / "config.yaml").unlink()
+    # A file whose first byte is an input/output error.
+    (folder / "config.yaml").symlink_to("/proc/self/mem")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config.yaml"]["size"] = 0
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert find_damage(folder) == "config.yaml cannot be read: Input/output error"
+
+
+def test_fields_of_a_newer_version_are_one_sentence(tmp_path: Path) -> None:
+    folder = _save(tmp_path, _parts(), 5)
+    document = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**document, "curriculum": 3}))
+    with pytest.raises(ConfigurationError, match="state.json of .* holds curriculum, which this version") as error:
+        read_state(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_goes_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = _parts()
+    for step in (5, 10):
+        _save(tmp_path, parts, step)
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (folder / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
+    remove_incomplete(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
 def test_a_checkpoint_can_be_named_below_the_run_or_by_path(tmp_path: Path) -> None:
     parts = _parts()
     _train(parts, 1)
@@ -140,7 +192,7 @@ def test_a_full_disk_leaves_no_half_checkpoint_and_keeps_the_old_ones(tmp_path: 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="the last complete one is checkpoint-5: make room") as error:
+        with pytest.raises(CheckpointError, match="the last complete checkpoint is checkpoint-5: make room") as error:
             _save(tmp_path, parts, 10)
         assert "\n" not in str(error.value) and "checkpoint-10 could not be written" in str(error.value)
     finally:

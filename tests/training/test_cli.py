@@ -83,3 +83,41 @@ def test_help_is_quick_and_names_the_commands(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "cache-latents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, options, message",
+    [
+        ("cache-latents", ["--vae", "VAE", "--dataset", "IMAGES", "--image_column", "foo"], "(option --image_column)"),
+        ("cache-latents", ["--vae", "TEACHER", "--dataset", "IMAGES"], "change --vae or --vae_subfolder"),
+        ("cache-latents", ["--vae", "VAE", "--dataset", "IMAGES", "--resolution", "17"], "(option --resolution)"),
+        ("sample", ["--model", "VAE"], "set --model to a folder that holds a model_index.json"),
+        ("sample", ["--model", "RUN", "--class_labels", "unicorn"], "--class_labels cannot be used"),
+        ("sample", ["--model", "RUN", "--class_labels", "99"], "--class_labels holds 99, but the classes are 0 to 2"),
+        ("sample", ["--model", "RUN", "--num_inference_steps", "0"], "--num_inference_steps is 0"),
+        ("sample", ["--model", "RUN", "--device", "foo"], "--device foo cannot be used"),
+    ],
+)
+def test_errors_name_the_options_of_the_subcommand(
+    assets: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    options: list[str],
+    message: str,
+) -> None:
+    places = {"VAE": assets / "vae", "TEACHER": assets / "teacher", "IMAGES": assets / "images", "RUN": finished}
+    words = [str(places.get(option, option)) for option in options]
+    assert main([command, *words, "--output_dir", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and message in lines[-1] and "data." not in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline of a run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    _train(assets, folder, "--training.max_steps", "1")
+    return folder

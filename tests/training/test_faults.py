@@ -4,20 +4,23 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.training import export, interruption
 from diffusers_srepa.training.checkpoints import CheckpointError, read_state
 from diffusers_srepa.training.command_line import load_training_config
-from diffusers_srepa.training.interruption import outlive_signals
+from diffusers_srepa.training.interruption import StopRequest, TrainingInterrupted, outlive_signals
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import write_assets
 
@@ -42,31 +45,129 @@ def _small_files_only() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def _disk_is_full_from(trainer: Trainer, full_step: int) -> None:
+def _at_step(trainer: Trainer, chosen: int, action: Callable[[], Any]) -> None:
     method = trainer.method
 
     def step_of(batch: Any, step: int) -> Any:
-        if step == full_step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        if step == chosen:
+            action()
         return method(batch, step)
 
     step_of.student = method.student  # type: ignore[attr-defined]
     trainer.method = step_of  # type: ignore[assignment]
 
 
+def _fill_disk(limit: int = 20_000) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
 def test_a_disk_that_is_full_ends_the_run_in_one_sentence_and_it_goes_on_later(assets: Path, tmp_path: Path) -> None:
     _trainer(assets, tmp_path / "whole").train()
     trainer = _trainer(assets, tmp_path / "run")
-    _disk_is_full_from(trainer, 2)
+    _at_step(trainer, 2, _fill_disk)
     with _small_files_only(), pytest.raises(CheckpointError) as error:
         trainer.train()
     message = str(error.value)
-    assert "checkpoint-4 could not be written" in message and "the last complete one is checkpoint-2" in message
+    assert "checkpoint-4 could not be written" in message and "the last complete checkpoint is checkpoint-2" in message
     assert "\n" not in message and not list((tmp_path / "run").glob(".incomplete-*"))
     _trainer(assets, tmp_path / "run", "--resume_from_checkpoint", "latest").train()
     for file in ("ema.safetensors", "optimizer.safetensors"):
         ours, expected = (load_file(tmp_path / name / "checkpoint-4" / file) for name in ("run", "whole"))
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("what", ["metrics", "pictures"])
+def test_whatever_cannot_be_written_is_one_sentence_that_names_the_last_checkpoint(
+    assets: Path, tmp_path: Path, what: str
+) -> None:
+    options = ["--training.log_every", "4", "--validation.every", "3"] if what == "pictures" else []
+    trainer = _trainer(assets, tmp_path, *options)
+    _at_step(trainer, 2, lambda: _fill_disk(50))
+    with (
+        _small_files_only(),
+        pytest.raises(CheckpointError, match="last complete checkpoint is checkpoint-2") as error,
+    ):
+        trainer.train()
+    assert "\n" not in str(error.value) and f"{tmp_path} could not be written to" in str(error.value)
+
+
+def test_a_console_that_is_gone_does_not_end_a_run(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", buffering=1) as console:
+        monkeypatch.setattr(sys, "stderr", console)
+        trainer = _trainer(assets, tmp_path)
+        _at_step(trainer, 1, lambda: os.close(reading))
+        trainer.train()
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            console.write("\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)
+    assert (tmp_path / "model_index.json").exists()
+
+
+def test_a_signal_while_the_pipeline_is_written_lets_the_run_finish(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(assets, tmp_path)
+    save_finished = export.save_finished
+
+    def save(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_finished(*arguments)
+
+    monkeypatch.setattr(export, "save_finished", save)
+    before = signal.getsignal(signal.SIGTERM)
+    trainer.train()
+    assert (tmp_path / "model_index.json").exists() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_images_are_sampled_gives_them_up_and_stops(assets: Path, tmp_path: Path) -> None:
+    # So many model calls that the test would not end by itself.
+    trainer = _trainer(assets, tmp_path, "--validation.every", "1", "--sampling.num_inference_steps", "1000000")
+    calls = []
+
+    def ask(module: torch.nn.Module, inputs: Any) -> None:
+        if not module.training:
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.parts.transformer.register_forward_pre_hook(ask)
+    with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 1; the newest checkpoint is .*-1:"):
+        trainer.train()
+    assert len(calls) <= 4 and not (tmp_path / "validation").exists()
+
+
+def test_signals_in_quick_succession_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with StopRequest(Accelerator(cpu=True)) as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested() and received == []
+            monkeypatch.setattr(interruption, "_SECONDS_OF_ONE_REQUEST", 0.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_between_two_pipelines_there_is_none(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(assets, tmp_path)
+    trainer.train()
+
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        trainer.writer.finish(4)
+    assert not (tmp_path / "model_index.json").exists()
+    _trainer(assets, tmp_path, "--resume_from_checkpoint", "latest").train()
+    SiTPipeline.from_pretrained(tmp_path)
 
 
 def test_a_pipeline_that_cannot_be_written_is_written_by_a_resume(assets: Path, tmp_path: Path) -> None:
@@ -75,7 +176,7 @@ def test_a_pipeline_that_cannot_be_written_is_written_by_a_resume(assets: Path, 
     (tmp_path / "model_index.json").unlink()
     trainer = _trainer(assets, tmp_path, "--resume_from_checkpoint", "latest")
     with _small_files_only(), pytest.raises(CheckpointError, match="the finished pipeline could not be written"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        _fill_disk()
         trainer.train()
     assert not (tmp_path / "model_index.json").exists() and not list(tmp_path.glob(".incomplete-*"))
     _trainer(assets, tmp_path, "--resume_from_checkpoint", "latest").train()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 from diffusers_srepa.training.command_line import load_training_config
@@ -107,3 +108,27 @@ def test_the_number_of_skipped_steps_survives_a_resume(assets: Path, tmp_path: P
     _trainer(assets, tmp_path, {0: float("nan")}, "--training.max_steps", "2").train()
     trainer = _trainer(assets, tmp_path, {}, "--resume_from_checkpoint", "latest")
     assert trainer.guard.skipped_steps == 1
+
+
+def test_a_checkpoint_is_not_called_good_because_a_run_goes_on_from_it(assets: Path, tmp_path: Path) -> None:
+    bad = {step: float("nan") for step in range(4, 20)}
+    options = ["--training.max_steps", "12", "--training.max_skipped_steps", "2"]
+    for more in ([], ["--resume_from_checkpoint", "latest"]):
+        with pytest.raises(FloatingPointError, match="the last good checkpoint is .*checkpoint-2:"):
+            _trainer(assets, tmp_path, bad, *options, *more).train()
+
+
+@pytest.mark.parametrize("has_scaler", [False, True])
+def test_the_last_step_may_be_skipped_where_a_loss_scaler_skips_now_and_then(
+    assets: Path, tmp_path: Path, has_scaler: bool
+) -> None:
+    trainer = _trainer(assets, tmp_path, {3: float("inf")})
+    if has_scaler:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        trainer.accelerator.scaler = scaler
+        trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+        trainer.train()
+    else:
+        with pytest.raises(FloatingPointError, match="in the last 1 step"):
+            trainer.train()
+    assert (tmp_path / "model_index.json").exists() == has_scaler

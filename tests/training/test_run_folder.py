@@ -1,6 +1,7 @@
 """The output folder: other runs are protected, own files are cleared, logs are cut at a resume."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from diffusers_srepa.training.run_folder import (
     checkpoint_folders,
     clear_output_folder,
     truncate_metrics,
+    write_config,
 )
 
 
@@ -72,6 +74,7 @@ def test_clearing_leaves_what_is_not_the_run_s(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "abandoned-checkpoint-20").mkdir()
     clear_output_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["my-notes"]
 
@@ -83,3 +86,21 @@ def test_metrics_are_cut_after_the_resumed_step(tmp_path: Path) -> None:
     truncate_metrics(file, 20)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [10, 20]
     truncate_metrics(tmp_path / "absent.jsonl", 20)
+
+
+def test_a_full_disk_costs_neither_the_log_nor_the_configuration(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in range(100))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    write_config(_config(tmp_path), tmp_path)
+    config = (tmp_path / "config.yaml").read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            truncate_metrics(tmp_path / "metrics.jsonl", 50)
+        with pytest.raises(OSError):
+            write_config(_config(tmp_path, seed=1), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines and (tmp_path / "config.yaml").read_text() == config
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "config.yaml"}

@@ -17,6 +17,7 @@ from diffusers_srepa.training.run_folder import CHECKPOINT_PREFIX, checkpoint_fo
 logger = get_logger(__name__)
 
 MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
 TEMPORARY_PREFIX = ".incomplete-"
 
 
@@ -61,16 +62,20 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None if every file is as it was written."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    except (OSError, ValueError):
+        written = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return f"{MANIFEST_FILE} is missing or unreadable"
-    for name, expected in manifest.items():
+    for name, (size, digest) in {STATE_FILE: (None, None), **written}.items():
         file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['size']}"
-        if _digest(file) != expected["sha256"]:
-            return f"{name} has other content than was written"
+        try:
+            if name not in written or not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
+            if _digest(file) != digest:
+                return f"{name} has other content than was written"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"
     return None
 
 
@@ -79,7 +84,11 @@ def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is None:
         return
     for folder in checkpoint_folders(output_dir)[:-limit]:
-        shutil.rmtree(folder)
+        # Under its name a checkpoint is whole or absent, also if the run is killed here.
+        going = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(folder, going)
+        shutil.rmtree(going)
 
 
 def set_aside_later(output_dir: Path, step: int) -> None:
@@ -93,8 +102,8 @@ def set_aside_later(output_dir: Path, step: int) -> None:
 
 
 def remove_incomplete(output_dir: Path) -> None:
-    """Delete what a killed run left half-written."""
-    for folder in output_dir.glob(f"{TEMPORARY_PREFIX}{CHECKPOINT_PREFIX}*"):
+    """Delete what a killed run left half-written or half-deleted."""
+    for folder in output_dir.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -105,6 +114,21 @@ def write_manifest(folder: Path) -> None:
         str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": _digest(file)} for file in files
     }
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+
+
+def flush(folder: Path) -> None:
+    """Have the system write a folder, and all that is in it, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Have the system write one file, or the names in one folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _digest(file: Path) -> str:

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,18 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.checkpoint_folder import TEMPORARY_PREFIX, write_manifest
+from diffusers_srepa.training.checkpoint_folder import (
+    STATE_FILE,
+    TEMPORARY_PREFIX,
+    flush,
+    flush_entry,
+    write_manifest,
+)
 from diffusers_srepa.training.ema import WeightAverage
 from diffusers_srepa.training.run_folder import CHECKPOINT_PREFIX, checkpoint_folders
 from diffusers_srepa.training.snapshot import Snapshot, load_optimizer_state
 
 
-STATE_FILE = "state.json"
 _FORMAT = 1
 
 
@@ -94,7 +99,7 @@ def save_checkpoint(output_dir: Path, state: RunState, snapshot: Snapshot, confi
         (temporary / STATE_FILE).write_text(json.dumps(document, indent=1))
         (temporary / "config.yaml").write_text(config_text)
         write_manifest(temporary)
-        _flush(temporary)
+        flush(temporary)
         _replace_folder(temporary, final)
     return final
 
@@ -109,16 +114,34 @@ def _temporary_folder(final: Path) -> Iterator[Path]:
         yield temporary
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        saved = checkpoint_folders(final.parent)
-        last = f"the last complete one is {saved[-1].name}" if saved else "there is none before it"
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{final.name} could not be written to {final.parent} ({reason}); {last}: make room or set "
-            "checkpoints.total_limit, then go on with --resume_from_checkpoint latest."
-        ) from error
+        raise _cannot_write(f"{final.name} could not be written to {final.parent}", error, final.parent) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def writing_to(output_dir: Path) -> Iterator[None]:
+    """Around all that writes to a run's folder: what the disk refuses becomes one sentence.
+
+    Raises:
+        CheckpointError: instead of any other `OSError`.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise _cannot_write(f"the output folder {output_dir} could not be written to", error, output_dir) from error
+
+
+def _cannot_write(what: str, error: Exception, output_dir: Path) -> CheckpointError:
+    saved = checkpoint_folders(output_dir)
+    last = f"the last complete checkpoint is {saved[-1].name}" if saved else "there is no complete checkpoint"
+    reason = " ".join(str(error).split())
+    is_missing = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError)
+    remedy = "see what has become of the folder" if is_missing else "make room or set checkpoints.total_limit"
+    return CheckpointError(f"{what} ({reason}); {last}: {remedy}, then go on with --resume_from_checkpoint latest.")
 
 
 def read_state(folder: Path) -> RunState:
@@ -130,7 +153,13 @@ def read_state(folder: Path) -> RunState:
     document = json.loads((folder / STATE_FILE).read_text())
     if document.pop("format", None) != _FORMAT:
         raise ConfigurationError(f"the checkpoint {folder} has another format than this version writes ({_FORMAT}).")
-    document.pop("optimizer")
+    document.pop("optimizer", None)
+    unknown = sorted(document.keys() - {entry.name for entry in fields(RunState)})
+    if unknown:
+        raise ConfigurationError(
+            f"{STATE_FILE} of the checkpoint {folder} holds {', '.join(unknown)}, which this version does not know: "
+            "go on with the version of diffusers_srepa that wrote it."
+        )
     return RunState(**document)
 
 
@@ -178,7 +207,7 @@ def load_trained_weights(folder: Path, student: AlignedDenoiser) -> None:
 def _fitting(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(
             f"the checkpoint {folder} does not fit the model that the configuration describes: {reason}"
@@ -196,21 +225,5 @@ def _replace_folder(new: Path, final: Path) -> None:
     if final.exists():
         os.replace(final, old)
     os.replace(new, final)
-    _flush_folder(final.parent)
+    flush_entry(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

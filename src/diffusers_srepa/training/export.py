@@ -17,7 +17,7 @@ from diffusers_srepa.latents.codec import LatentCodec
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
-from diffusers_srepa.training.checkpoint_folder import TEMPORARY_PREFIX
+from diffusers_srepa.training.checkpoint_folder import TEMPORARY_PREFIX, flush
 from diffusers_srepa.training.checkpoints import CheckpointError
 from diffusers_srepa.training.config import TrainingConfig
 
@@ -70,6 +70,9 @@ def save_finished(pipeline: SiTPipeline, student: AlignedDenoiser, output_dir: P
     try:
         pipeline.save_pretrained(temporary)
         student.save_projectors(temporary / "projectors")
+        flush(temporary)
+        # An earlier end of the run has left one; until the last part is in place there is no whole pipeline.
+        (output_dir / "model_index.json").unlink(missing_ok=True)
         for part in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
             if part.is_dir():
                 shutil.rmtree(output_dir / part.name, ignore_errors=True)

@@ -36,7 +36,8 @@ class FiniteGuard:
 
     def restore(self, step: int, skipped_steps: int) -> None:
         """Go on after `step` of a run that had skipped `skipped_steps`."""
-        self.skipped_steps, self._in_a_row, self._proven_step = skipped_steps, 0, step
+        # It is the step after a checkpoint that tells whether its weights are good.
+        self.skipped_steps, self._in_a_row, self._proven_step = skipped_steps, 0, max(step - 1, 0)
 
     def note(self, step: int, finite: bool) -> None:
         """Count a step.
@@ -67,13 +68,19 @@ class FiniteGuard:
         if self._in_a_row > self.limit:
             raise FloatingPointError(self._verdict(step, output_dir))
 
-    def check_end(self, step: int, output_dir: Path) -> None:
+    def check_end(self, step: int, output_dir: Path, has_scaler: bool = False) -> None:
         """Refuse to finish with weights whose last loss was not finite.
+
+        Args:
+            step (`int`): steps made.
+            output_dir (`Path`): folder of the run.
+            has_scaler (`bool`): whether losses are scaled (fp16); every growth of the scale may cost one step, so one
+                says nothing about the weights.
 
         Raises:
             FloatingPointError: as `check`.
         """
-        if self._in_a_row > 0:
+        if self._in_a_row > int(has_scaler):
             raise FloatingPointError(self._verdict(step, output_dir))
 
     def _verdict(self, step: int, output_dir: Path) -> str:

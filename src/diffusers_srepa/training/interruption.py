@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
@@ -13,12 +14,16 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
+from diffusers_srepa.training.accelerator import LONGEST_WAIT
+
 
 EXIT_CODE = 75
 """Exit code of a run that was stopped and can be resumed: `EX_TEMPFAIL` of sysexits.h, "try again"."""
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _LAUNCHER_MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+# A launcher passes on a signal that scheduler or terminal have sent to every process already.
+_SECONDS_OF_ONE_REQUEST = 5.0
 # By then the training process has ended too, unless it hangs.
 _SECONDS_THAT_WORKERS_STAY = 30.0
 
@@ -30,10 +35,11 @@ class TrainingInterrupted(Exception):
 
 
 class StopRequest:
-    """Notices, as a context around the loop, that the run is asked to stop, and lets all processes agree on the step.
+    """Notices, as a context around the training, that it is asked to stop, and lets all processes agree on the step.
 
-    The first SIGINT, SIGTERM or SIGHUP asks; a second one acts as it did outside the context. A launcher that is
-    killed leaves its processes running without a word, so a new parent process asks too.
+    The first SIGINT, SIGTERM or SIGHUP asks; what follows within five seconds is taken for the same request, and a
+    later signal acts as it did outside the context. A launcher that is killed leaves its processes running without a
+    word, so a parent process other than at the construction asks too.
 
     Args:
         accelerator (`Accelerator`): the run's.
@@ -45,11 +51,12 @@ class StopRequest:
         self.reason: str | None = None
         self._parent = os.getppid() if any(mark in environment for mark in _LAUNCHER_MARKS) else None
         self._before: dict[signal.Signals, Any] = {}
+        self._asked_at = 0.0
         self._group = None
         self._pending: tuple[Any, torch.Tensor] | None = None
         if accelerator.num_processes > 1:
             # A group of CPU tensors: asking an accelerator would make every step wait for it.
-            self._group = distributed.new_group(backend="gloo")
+            self._group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -69,8 +76,11 @@ class StopRequest:
         self._pending = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
-        self._restore()
+        if self.reason is None:
+            self.reason, self._asked_at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._asked_at > _SECONDS_OF_ONE_REQUEST:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         while self._before:

@@ -54,7 +54,7 @@ class AlignedFlowMatching:
         class_dropout_prob (`float`): share of labels that become the null class.
         class_token_weight (`float`, *optional*): weight of the class token's flow loss (REG), None without one.
         timestep_scale (`float`): the transformer's timestep for t = 1.
-        autocast (`Callable`, *optional*): context in which the teacher runs, as the student does.
+        autocast (`Callable`, *optional*): context in which teacher and student run.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class AlignedFlowMatching:
             inputs["class_token"], class_token_target = self._noise(
                 class_token, "class_token_noise", t, step, positions
             )
-        velocity, tokens, *class_token_velocity = self.student(noisy, t * self.timestep_scale, **inputs)
+        # Accelerate wraps the student in autocast too, but not when it is sharded.
+        with self.autocast():
+            velocity, tokens, *class_token_velocity = self.student(noisy, t * self.timestep_scale, **inputs)
         parts = {"flow": (velocity.float() - target).square().mean()}
         loss = parts["flow"]
         if class_token_target is not None:

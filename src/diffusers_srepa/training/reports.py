@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -57,6 +58,12 @@ class Reports:
         logger.info(f"alignment terms: {terms}; token grid {parts.student_grid[0]} x {parts.student_grid[1]}")
         warn_if_average_is_young(config.training.ema_decay, config.training.max_steps)
 
+    def advance(self) -> None:
+        """Count a step on the progress bar."""
+        # A terminal that was closed, or a `tee` that has ended, is no reason to lose a run.
+        with suppress(OSError):
+            self.progress.update()
+
     def log_values(self, step: int, learning_rate: float, replaced_images: int, skipped_steps: int) -> None:
         """Write the means since the last call; every process must call.
 
@@ -72,7 +79,8 @@ class Reports:
         values |= {f"weight/{name}": term.schedule(step - 1) for name, term in terms.items()}
         values |= {"replaced_images": float(replaced_images), "skipped_steps": float(skipped_steps)}
         loss = f"{values['loss']:.4f}" if "loss" in values else "not finite"
-        self.progress.set_postfix_str(f"loss {loss}, {values['images_per_second']:.1f} img/s")
+        with suppress(OSError):
+            self.progress.set_postfix_str(f"loss {loss}, {values['images_per_second']:.1f} img/s")
         self.log.log(values, step)
 
     def count(self, number: int) -> int:
@@ -82,5 +90,6 @@ class Reports:
 
     def close(self) -> None:
         """End the progress bar and let the trackers finish."""
-        self.progress.close()
+        with suppress(OSError):
+            self.progress.close()
         self.log.close()

@@ -87,7 +87,7 @@ def clear_output_folder(folder: Path) -> None:
     """Delete what an earlier run left in `folder`; other files stay, and all of them if there was no run."""
     if not folder.is_dir() or not holds_run(folder):
         return
-    for checkpoint in checkpoint_folders(folder):
+    for checkpoint in [*checkpoint_folders(folder), *folder.glob(f"abandoned-{CHECKPOINT_PREFIX}*")]:
         shutil.rmtree(checkpoint)
     for name in _OWN_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -98,7 +98,7 @@ def clear_output_folder(folder: Path) -> None:
 def write_config(config: TrainingConfig, folder: Path) -> None:
     """Write the resolved configuration as YAML; `--config <file>` gives the same run again."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    _replace_text(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def truncate_metrics(file: Path, last_step: int) -> None:
@@ -110,7 +110,20 @@ def truncate_metrics(file: Path, last_step: int) -> None:
         record = _parse_record(line)
         if record is not None and record["step"] <= last_step:
             kept.append(line)
-    file.write_text("".join(line + "\n" for line in kept))
+    _replace_text(file, "".join(line + "\n" for line in kept))
+
+
+def _replace_text(file: Path, text: str) -> None:
+    """Write a file such that whatever happens either the old content is there or the new one."""
+    new = file.with_name(f".{file.name}.new")
+    try:
+        with new.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(new, file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _parse_record(line: str) -> dict[str, Any] | None:

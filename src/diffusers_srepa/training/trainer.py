@@ -64,6 +64,7 @@ class Trainer:
         self.output_dir = Path(str(config.output_dir))
         self.accelerator = build_accelerator(config)
         check_processes(self.accelerator, config.expected_processes)
+        self.stop = StopRequest(self.accelerator)
         self.micro_batch_size = micro_batch_size(config.training, self.accelerator.num_processes)
         self.repository = publish.claim_repository(config, self.accelerator)
         # Every rank initialises the same weights; nothing after this draws from the global generators.
@@ -134,13 +135,14 @@ class Trainer:
         config, main = self.config, self.accelerator.is_main_process
         self.lock = RunLock(self.output_dir)
         if main:
-            self.lock.acquire()
-            if config.overwrite_output_dir and not config.resume_from_checkpoint:
-                clear_output_folder(self.output_dir)
-            write_config(config, self.output_dir)
-            checkpoint_folder.remove_incomplete(self.output_dir)
-            checkpoint_folder.set_aside_later(self.output_dir, self.step)
-            truncate_metrics(self.output_dir / METRICS_FILE, self.step)
+            with checkpoints.writing_to(self.output_dir):
+                self.lock.acquire()
+                if config.overwrite_output_dir and not config.resume_from_checkpoint:
+                    clear_output_folder(self.output_dir)
+                write_config(config, self.output_dir)
+                checkpoint_folder.remove_incomplete(self.output_dir)
+                checkpoint_folder.set_aside_later(self.output_dir, self.step)
+                truncate_metrics(self.output_dir / METRICS_FILE, self.step)
         self.accelerator.wait_for_everyone()
 
     # ----------------------------------------------------------------- loop
@@ -154,17 +156,18 @@ class Trainer:
         Raises:
             TrainingInterrupted: a signal asked to stop; everything up to the last whole step is saved.
             FloatingPointError: too many steps in a row without a finite loss; nothing good is lost.
-            CheckpointError: a checkpoint could not be written.
+            CheckpointError: a checkpoint, or what else is due, could not be written.
             DataError: the data cannot be read on.
         """
         self.reports = Reports(self.accelerator, self.config, self.parts, self.step)
         self.reports.announce()
         self.student.train()
         try:
-            if self.step < self.config.training.max_steps:
-                self._loop()
-            self.guard.check_end(self.step, self.output_dir)
-            self.writer.finish(self.step)
+            with checkpoints.writing_to(self.output_dir), self.stop:
+                if self.step < self.config.training.max_steps:
+                    self._loop()
+                self.guard.check_end(self.step, self.output_dir, self.accelerator.scaler is not None)
+                self.writer.finish(self.step)
             self._end()
         except TrainingInterrupted:
             self._end()
@@ -195,19 +198,15 @@ class Trainer:
         )
 
     def _loop(self) -> None:
-        with (
-            StopRequest(self.accelerator) as stop,
-            closing(self._batches()) as batches,
-            logging_redirect_tqdm(),
-        ):
+        with closing(self._batches()) as batches, logging_redirect_tqdm():
             while self.step < self.config.training.max_steps:
                 self._drop_ended_terms()
                 values = self._train_step(batches)
                 self.step += 1
-                self.reports.progress.update()
+                self.reports.advance()
                 self._after_step(values)
-                if stop.agreed() and self.step < self.config.training.max_steps:
-                    self._stop(is_finite=values is not None, reason=stop.reason or "a signal to another process")
+                if self.stop.agreed() and self.step < self.config.training.max_steps:
+                    self._stop(is_finite=values is not None)
 
     def _after_step(self, values: dict[str, torch.Tensor] | None) -> None:
         """Log, save and validate where that is due; weights that have just given no finite loss are not saved."""
@@ -231,7 +230,7 @@ class Trainer:
         if self._save_is_due and values is not None:
             self._save_checkpoint()
         if self._is_due(config.validation.every):
-            grid = self.writer.validate(self.step)
+            grid = self.writer.validate(self.step, self.stop.requested)
             if grid is not None:
                 self.reports.log.log_image("validation", grid, self.step)
         self.reports.meter.exclude(time.perf_counter() - started)
@@ -254,11 +253,12 @@ class Trainer:
         self.writer.save_checkpoint(state, self.optimizer.optimizer)
         self._save_is_due, self._unproven_step = False, self.step
 
-    def _stop(self, is_finite: bool, reason: str) -> None:
+    def _stop(self, is_finite: bool) -> None:
         if is_finite and self._unproven_step != self.step:
             self._save_checkpoint()
         saved = checkpoint_folders(self.output_dir)
         where = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        reason = self.stop.reason or "a signal to another process"
         raise TrainingInterrupted(
             f"stopped by {reason} after step {self.step}; {where}: go on with --resume_from_checkpoint latest."
         )

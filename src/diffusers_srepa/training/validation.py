@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,26 @@ def check_labels(pipeline: SiTPipeline, labels: Sequence[int | str]) -> None:
 
 
 def sample_images(
-    pipeline: SiTPipeline, labels: Sequence[int | str], validation: ValidationConfig, sampling: SamplingConfig
+    pipeline: SiTPipeline,
+    labels: Sequence[int | str],
+    validation: ValidationConfig,
+    sampling: SamplingConfig,
+    is_given_up: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
-    """One image per label; image i comes from a CPU generator with seed `validation.seed + i` alone."""
+    """One image per label; image i comes from a CPU generator with seed `validation.seed + i` alone.
+
+    Args:
+        pipeline (`SiTPipeline`): samples with the weights that its transformer has.
+        labels (`Sequence[int | str]`): classes of the images.
+        validation (`ValidationConfig`): seeds and batch size.
+        sampling (`SamplingConfig`): the sampler's settings.
+        is_given_up (`Callable`): tells after every model call whether to leave off with the batches that are whole.
+    """
+
+    def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = is_given_up()
+        return tensors
+
     images: list[Image.Image] = []
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(labels), validation.batch_size):
@@ -71,7 +88,10 @@ def sample_images(
             guidance_scale=sampling.guidance_scale,
             guidance_interval=sampling.guidance_interval,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            callback_on_step_end=look,
         )
+        if is_given_up():
+            break
         images += output.images
     return images
 

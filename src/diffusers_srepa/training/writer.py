@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,23 +98,17 @@ class RunWriter:
         if self.accelerator.is_main_process:
             prune_checkpoints(self.output_dir, self.config.checkpoints.total_limit)
 
-    def validate(self, step: int) -> Image.Image | None:
-        """Sample the validation images; returns their grid on the main process."""
+    def validate(self, step: int, is_given_up: Callable[[], bool]) -> Image.Image | None:
+        """Sample the validation images; returns their grid on the main process, None if it was given up meanwhile."""
         grid = None
         with self.averaged_student() as student:
             if self.accelerator.is_main_process:
                 self._sample_with(student)
-                images = validation.sample_images(
-                    self.pipeline, self.labels, self.config.validation, self.config.sampling
-                )
-                grid = validation.write_validation(
-                    self.output_dir / "validation" / f"step-{step}",
-                    self.pipeline,
-                    images,
-                    self.labels,
-                    self.config.validation,
-                    self.config.sampling,
-                )
+                settings = (self.config.validation, self.config.sampling)
+                images = validation.sample_images(self.pipeline, self.labels, *settings, is_given_up)
+                folder = self.output_dir / "validation" / f"step-{step}"
+                if len(images) == len(self.labels):
+                    grid = validation.write_validation(folder, self.pipeline, images, self.labels, *settings)
         self.accelerator.wait_for_everyone()
         return grid
 
