@@ -268,6 +268,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
             token is not a multiple of 4.
     """
 
+    PRESETS = SIT_PRESETS
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTTransformerBlock"]
     _repeated_blocks = ["SiTTransformerBlock"]

@@ -1,0 +1,54 @@
+"""The transformers that can be trained, found by the name of their class or of one of their sizes.
+
+A transformer is a `ModelMixin` with `ConfigMixin` and `PRESETS`, its sizes by name as keyword arguments. Its
+configuration has `sample_size`, `patch_size`, `in_channels`, `num_classes`, `class_dropout_prob` and, if timesteps are
+not 1000 t, `timestep_scale`; its `forward(hidden_states, timestep, class_labels, class_drop_mask=None)` returns the
+velocity. `_no_split_modules` names its blocks. A class of another package needs no entry: pass the object, or
+`register_transformer` the class.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from diffusers_srepa.errors import ConfigurationError, close_matches
+
+
+# A class, or the module that holds it, which is imported on first use.
+_TRANSFORMERS: dict[str, Any] = {"SiTTransformer2DModel": "diffusers_srepa.models.transformer_sit"}
+
+
+def register_transformer(transformer_class: type) -> type:
+    """Let `transformer_class` be found by its own name and by those of its `PRESETS`; usable as a decorator."""
+    _TRANSFORMERS[transformer_class.__name__] = transformer_class
+    return transformer_class
+
+
+def transformer_class(class_name: str) -> Any:
+    """The transformer class of that name.
+
+    Raises:
+        ConfigurationError: there is no such class.
+    """
+    if class_name not in _TRANSFORMERS:
+        raise ConfigurationError(
+            f"there is no transformer class {class_name!r}, {close_matches(class_name, _TRANSFORMERS)}"
+        )
+    found = _TRANSFORMERS[class_name]
+    return getattr(importlib.import_module(found), class_name) if isinstance(found, str) else found
+
+
+def find_preset(name: str) -> tuple[Any, dict[str, Any]]:
+    """The transformer class that has a size called `name`, and that size as keyword arguments.
+
+    Raises:
+        ConfigurationError: no transformer has it.
+    """
+    known: list[str] = []
+    for class_name in _TRANSFORMERS:
+        found = transformer_class(class_name)
+        if name in found.PRESETS:
+            return found, dict(found.PRESETS[name])
+        known += found.PRESETS
+    raise ConfigurationError(f"there is no model `preset` {name!r}, {close_matches(name, known)}")
