@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusers_srepa.errors import one_line
-
 
 TEMPORARY_PREFIX = ".incomplete-"
 """What half-written files and folders are called, before their own name; a killed process leaves them behind."""
@@ -104,12 +102,11 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def why_not_written(error: BaseException) -> str:
-    """What the system said of a failed write, and the remedy, as the end of a sentence without its full stop."""
-    gone = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError)
-    read_only = getattr(error, "errno", None) == errno.EROFS
-    remedy = "see what has become of the folder" if gone or read_only else "make room"
-    return f"({one_line(error)}): {remedy}"
+def remedy(error: BaseException) -> str:
+    """What can be done about a write that the system refused: make room, or see what has become of the folder."""
+    is_gone = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError)
+    is_gone = is_gone or getattr(error, "errno", None) == errno.EROFS
+    return "see what has become of the folder" if is_gone else "make room"
 
 
 def _temporary(final: Path) -> Path:

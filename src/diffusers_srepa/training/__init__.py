@@ -1,1 +1,1 @@
-"""Training: configuration, method, loop, checkpoints, validation, publishing."""
+"""Training a method on a dataset: loop, checkpoints, and what a run writes."""

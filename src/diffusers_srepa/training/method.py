@@ -1,169 +1,143 @@
-"""Where the two rivers meet: flow matching on latents and alignment of the tapped tokens with the teacher.
+"""What a training method is: modules, the phases of a step, and the pipeline that results.
 
-`method(batch, step)` returns the loss of a micro-batch and its named parts. The trainer knows nothing else about it.
+A step of the trainer runs the phases of the method in order, each on the same global batch: a phase computes the loss
+of every micro-batch, then its optimiser updates the modules of the phase. Optimisers, moving average, sharding,
+checkpoints and export go over `modules` and know nothing else about a method.
+
+A method of your own subclasses `TrainingMethod` and is passed as an object, `Trainer(config, method=...)`, or gets a
+row in `methods/registry.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffusers_srepa.alignment.loss import AlignmentLoss
-from diffusers_srepa.alignment.term import DEFAULT
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.interpolant import Interpolant, timesteps_from_uniform
-from diffusers_srepa.latents.codec import LatentCodec
-from diffusers_srepa.randomness import keyed_rand, keyed_randn
-from diffusers_srepa.teachers.auto_teacher import Teacher
-from diffusers_srepa.tokens import TeacherFeatures
-from diffusers_srepa.training.config_sections import FlowConfig
+from diffusers_srepa.configuration.sections import OptimizerConfig
+from diffusers_srepa.latents.latent_space import LatentSpace
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a loss needs of the run.
+
+    Args:
+        step: Optimiser steps made before this one; keys of random numbers and schedules of weights.
+        modules: The method's modules by name, to be called: those of the phase as the run has wrapped them, the
+            others plain and frozen, so that gradients pass through them and stay nowhere.
+        average_of: The averaged parameters of the module of a name, for `torch.func.functional_call`.
+        autocast: The context of the run's precision, for forward passes of models.
+    """
+
+    step: int
+    modules: Mapping[str, nn.Module]
+    average_of: Callable[[str], Mapping[str, torch.Tensor]]
+    autocast: Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass
-class MethodOutput:
+class LossOutput:
     """The loss of a micro-batch.
 
     Args:
-        loss (`torch.Tensor`): scalar with gradient, the weighted sum of the parts.
-        parts (`dict[str, torch.Tensor]`): raw detached scalars by name: `flow`, `class_token`,
-            `alignment/<term>`.
-        weights (`dict[str, float]`): weights of the alignment terms at this step, by name.
+        loss: Scalar with gradient, a mean over the samples, so that the mean over micro-batches is that of the batch.
+        parts: Raw detached scalars by name, logged under these names; two phases may not share one.
+        weights: Weights of the parts at this step by name, logged as `weight/<name>`.
     """
 
     loss: torch.Tensor
-    parts: dict[str, torch.Tensor]
-    weights: dict[str, float]
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
 
-class AlignedFlowMatching:
-    """Total loss = flow + weighted alignment terms (paper Eqs. 3-8), + REG's class token flow loss.
+@dataclass(frozen=True)
+class Phase:
+    """One update within a step.
 
     Args:
-        student (`nn.Module`): the (wrapped) `AlignedDenoiser`.
-        codec (`LatentCodec`): images to latents.
-        teachers (`Mapping[str, Teacher]`): by name; called as long as a term has their tokens as target.
-        criterion (`AlignmentLoss`): the terms.
-        interpolant (`Interpolant`): the path.
-        flow (`FlowConfig`): the law of the training times.
-        seed (`int`): seed of the run.
-        class_dropout_prob (`float`): share of labels that become the null class.
-        class_token_weight (`float`, *optional*): weight of the class token's flow loss (REG), None without one.
-        timestep_scale (`float`): the transformer's timestep for t = 1.
-        autocast (`Callable`, *optional*): context in which teacher and student run.
+        name: Names the optimiser in checkpoints.
+        modules: Names of the modules that it updates.
+        loss: `loss(batch, context)` of one micro-batch; called with gradients enabled.
+        optimizer: Its optimiser's options; by default those of the section `optimizer`.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        codec: LatentCodec,
-        teachers: Mapping[str, Teacher],
-        criterion: AlignmentLoss,
-        interpolant: Interpolant,
-        flow: FlowConfig,
-        *,
-        seed: int,
-        class_dropout_prob: float,
-        timestep_scale: float,
-        class_token_weight: float | None = None,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        self.student = student
-        self.codec = codec
-        self.teachers = dict(teachers)
-        self.criterion = criterion
-        self.interpolant = interpolant
-        self.flow = flow
-        self.seed = seed
-        self.class_dropout_prob = class_dropout_prob
-        self.timestep_scale = timestep_scale
-        self.class_token_weight = class_token_weight
-        self.autocast = autocast
+    name: str
+    modules: tuple[str, ...]
+    loss: Callable[[Mapping[str, torch.Tensor], StepContext], LossOutput]
+    optimizer: OptimizerConfig | None = None
 
-    def __call__(self, batch: Mapping[str, torch.Tensor], step: int) -> MethodOutput:
-        """Loss of one micro-batch.
+
+class TrainingMethod(ABC):
+    """What is trained, by which losses, and what is published.
+
+    The trainer builds a method by its name and configuration, or takes one that is built; then it loads the data,
+    calls `prepare`, moves everything to the device, wraps `modules`, and runs `phases`.
+
+    A module is saved into a folder of its own name; one that has `saved_parts() -> {folder: module}` into those.
+    What has `save_pretrained` is written by it, anything else as bare safetensors weights.
+
+    Attributes:
+        modules (`dict[str, nn.Module]`): what is trained, by name; complete after `prepare`.
+        phases (`tuple[Phase, ...]`): the updates of a step, in order.
+        latent_space (`LatentSpace`, *optional*): where images are encoded; None if the method needs no images.
+        needs_images (`bool`): whether batches carry `pixel_values` also where they carry cached `moments`.
+    """
+
+    modules: dict[str, nn.Module]
+    phases: tuple[Phase, ...]
+    latent_space: LatentSpace | None = None
+    needs_images: bool = True
+
+    def prepare(self, dataset: Any) -> None:  # noqa: B027
+        """Build what depends on the data.
 
         Args:
-            batch (`Mapping[str, torch.Tensor]`): `class_labels` (B,), `position` (B,) in the global batch, and
-                `pixel_values` (B, 3, H, W) uint8 and/or `moments` (B, 2C, h, w) float on the device.
-            step (`int`): optimiser steps made before this one.
+            dataset: the training data, with `num_classes` and `id2label`.
+
+        Raises:
+            ConfigurationError: the data do not fit.
         """
-        positions = batch["position"].tolist()
-        images = batch["pixel_values"].float() / 255 if "pixel_values" in batch else None
-        features = self._teacher_features(images, step)
-        latents = self._latents(batch, images, step, positions)
-        t = self._times(step, positions).to(latents.device)
-        noisy, target = self._noise(latents, "noise", t, step, positions)
-        inputs = {"class_labels": batch["class_labels"]}
-        if self.class_dropout_prob > 0:
-            drop = keyed_rand(self.seed, "class_drop", step, positions) < self.class_dropout_prob
-            inputs["class_drop_mask"] = drop.to(latents.device)
-        class_token_target = None
-        if self.class_token_weight is not None:
-            class_token = self._class_token(features)
-            inputs["class_token"], class_token_target = self._noise(
-                class_token, "class_token_noise", t, step, positions
-            )
-        # Accelerate wraps the student in autocast too, but not when it is sharded.
-        with self.autocast():
-            velocity, tokens, *class_token_velocity = self.student(noisy, t * self.timestep_scale, **inputs)
-        parts = {"flow": (velocity.float() - target).square().mean()}
-        loss = parts["flow"]
-        if class_token_target is not None:
-            parts["class_token"] = (class_token_velocity[0].float() - class_token_target).square().mean()
-            loss = loss + self.class_token_weight * parts["class_token"]
-        alignment = self.criterion(tokens, features, step=step)
-        parts |= {f"alignment/{name}": value for name, value in alignment.values.items()}
-        raw = {name: value.detach() for name, value in parts.items()}
-        return MethodOutput(loss + alignment.loss, raw, dict(alignment.weights))
 
-    def _noise(
-        self, data: torch.Tensor, stream: str, t: torch.Tensor, step: int, positions: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The noised data and the velocity to predict."""
-        noise = self._draw(stream, step, positions, data)
-        return self.interpolant.interpolate(data, noise, t), self.interpolant.velocity(data, noise, t)
+    def to(self, device: torch.device) -> None:
+        """Move what is not trained (latent space, frozen models) to the run's device."""
+        if self.latent_space is not None:
+            self.latent_space.to(device)
 
-    def _class_token(self, features: Mapping[str, TeacherFeatures]) -> torch.Tensor:
-        class_token = features[DEFAULT].class_token if DEFAULT in features else None
-        if class_token is None:
-            raise ConfigurationError(
-                "alignment.class_token_weight is set, but the teacher gives no class token: choose one that does."
-            )
-        return class_token
+    def release(self, step: int) -> set[str]:
+        """Let go of what is not needed any more from `step` on, for good.
 
-    def _latents(
-        self, batch: Mapping[str, torch.Tensor], images: torch.Tensor | None, step: int, positions: list[int]
-    ) -> torch.Tensor:
-        with torch.no_grad():
-            if "moments" in batch:
-                mean, std = batch["moments"].float().chunk(2, dim=1)
-            else:
-                assert images is not None, "a batch carries images or moments"
-                mean, std = self.codec.encode_moments(images)
-            return self.codec.sample(mean, std, self._draw("vae", step, positions, mean))
+        Returns:
+            `set[str]`: names of the modules in which parameters have been frozen.
+        """
+        return set()
 
-    def _times(self, step: int, positions: list[int]) -> torch.Tensor:
-        uniform = keyed_rand(self.seed, "time", step, positions)
-        flow = self.flow
-        times = timesteps_from_uniform(
-            uniform, self.interpolant, flow.timestep_law, flow.lognormal_mean, flow.lognormal_std
-        )
-        return times.float()
+    @abstractmethod
+    def build_pipeline(self, modules: Mapping[str, nn.Module]) -> Any:
+        """The diffusers pipeline around whole, unwrapped `modules`, sampling with the weights that they have."""
 
-    def _draw(self, stream: str, step: int, positions: list[int], like: torch.Tensor) -> torch.Tensor:
-        return keyed_randn(self.seed, stream, step, positions, like.shape[1:]).to(like.device)
+    def autoencoder_reference(self) -> dict[str, Any] | None:
+        """Where the pipeline's `vae` comes from, as `autoencoder.json` of a checkpoint says it; None for pixels."""
+        return None
 
-    def needed_teachers(self, step: int) -> set[str]:
-        """The teachers that a term, or the class token, still needs at `step`."""
-        return {*self.criterion.teachers(step), *([] if self.class_token_weight is None else [DEFAULT])}
+    def describe(self) -> list[str]:
+        """Lines about the method for the start of a run."""
+        return []
 
-    def _teacher_features(self, images: torch.Tensor | None, step: int) -> dict[str, TeacherFeatures]:
-        if images is None:
-            return {}
-        with self.autocast():
-            return {name: self.teachers[name](images) for name in sorted(self.needed_teachers(step))}
+    def card_facts(self) -> dict[str, Any]:
+        """Fields of `ModelCardFacts` that only the method knows."""
+        return {}
+
+
+def saved_parts(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, nn.Module]]:
+    """What is saved, by folder: the name of the module that it belongs to, and the part itself."""
+    parts: dict[str, tuple[str, nn.Module]] = {}
+    for name, module in modules.items():
+        inner = module.saved_parts() if hasattr(module, "saved_parts") else {name: module}
+        parts |= {folder: (name, part) for folder, part in inner.items()}
+    return parts

@@ -1,26 +1,65 @@
-"""The output folder of a run: whose it is, what is in it, where things go."""
+"""The output folder of a run: whose it is, what is in it, which checkpoints are intact and which go."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import yaml
+from accelerate.logging import get_logger
 
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config import TrainingConfig
+from diffusers_srepa.configuration.training import RunConfig
+from diffusers_srepa.errors import ConfigurationError, one_line
+from diffusers_srepa.files import remedy, remove_folder, sha256, write_text
 
+
+logger = get_logger(__name__)
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
+LOCK_FILE = ".run.lock"
 CHECKPOINT_PREFIX = "checkpoint-"
 
 # What a run leaves in its folder; anything else there is the user's and stays untouched.
-_OWN_FOLDERS = ("transformer", "vae", "scheduler", "projectors", "validation", "logs")
+OWN_FOLDERS = ("transformer", "vae", "scheduler", "projectors", "validation", "logs")
 _OWN_FILES = (CONFIG_FILE, METRICS_FILE, "model_index.json", "README.md", "sample_grid.png")
+
+
+class CheckpointError(OSError):
+    """What a run writes could not be written."""
+
+
+@contextmanager
+def writing_to(output_dir: Path, what: str | None = None) -> Iterator[None]:
+    """Around all that writes to a run's folder: what the disk refuses becomes one sentence.
+
+    Args:
+        output_dir (`Path`): folder of the run.
+        what (`str`, *optional*): what could not be written, for the sentence.
+
+    Raises:
+        CheckpointError: instead of any other `OSError`.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        saved = checkpoint_folders(output_dir)
+        last = f"the last complete checkpoint is {saved[-1].name}" if saved else "there is no complete checkpoint"
+        where = f"{what} could not be written to {output_dir}" if what else f"{output_dir} could not be written to"
+        raise CheckpointError(
+            f"{where} ({one_line(error)}); {last}: {remedy(error)}, or set checkpoints.total_limit, then go on with "
+            "--resume_from_checkpoint latest."
+        ) from error
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
@@ -28,12 +67,17 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     folders = [
         folder
         for folder in output_dir.glob(f"{CHECKPOINT_PREFIX}*")
-        if folder.is_dir() and folder.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+        if folder.is_dir() and folder.name.removeprefix(CHECKPOINT_PREFIX).isdecimal()
     ]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix(CHECKPOINT_PREFIX)))
+    return sorted(folders, key=step_of)
 
 
-def check_output_folder(config: TrainingConfig) -> None:
+def step_of(checkpoint: Path) -> int:
+    """The step of a folder `checkpoint-<step>`."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+
+
+def check_output_folder(config: RunConfig) -> None:
     """Refuse an output folder that is not this run's to write to, before anything is written to it.
 
     Raises:
@@ -56,7 +100,7 @@ def check_output_folder(config: TrainingConfig) -> None:
     if not folder.is_dir():
         return
     if not holds_run(folder):
-        taken = [name for name in (*_OWN_FOLDERS, *_OWN_FILES) if (folder / name).exists()]
+        taken = [name for name in (*OWN_FOLDERS, *_OWN_FILES) if (folder / name).exists()]
         if taken:
             raise ConfigurationError(
                 f"the output folder {folder} holds no run but a {taken[0]}, which training would write: set another "
@@ -75,7 +119,7 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in names) or bool(checkpoint_folders(folder))
 
 
-def _resumes_from_within(config: TrainingConfig, folder: Path) -> bool:
+def _resumes_from_within(config: RunConfig, folder: Path) -> bool:
     # A checkpoint of another run may start a new folder, never be mixed into a third run's.
     wanted = config.resume_from_checkpoint
     if not wanted:
@@ -83,22 +127,16 @@ def _resumes_from_within(config: TrainingConfig, folder: Path) -> bool:
     return wanted == "latest" or not Path(wanted).is_dir() or folder.resolve() in Path(wanted).resolve().parents
 
 
-def clear_output_folder(folder: Path) -> None:
+def clear_output_folder(folder: Path, more_folders: Iterable[str] = ()) -> None:
     """Delete what an earlier run left in `folder`; other files stay, and all of them if there was no run."""
     if not folder.is_dir() or not holds_run(folder):
         return
     for checkpoint in [*checkpoint_folders(folder), *folder.glob(f"abandoned-{CHECKPOINT_PREFIX}*")]:
         shutil.rmtree(checkpoint)
-    for name in _OWN_FOLDERS:
+    for name in (*OWN_FOLDERS, *more_folders):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in _OWN_FILES:
         (folder / name).unlink(missing_ok=True)
-
-
-def write_config(config: TrainingConfig, folder: Path) -> None:
-    """Write the resolved configuration as YAML; `--config <file>` gives the same run again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace_text(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def truncate_metrics(file: Path, last_step: int) -> None:
@@ -110,20 +148,7 @@ def truncate_metrics(file: Path, last_step: int) -> None:
         record = _parse_record(line)
         if record is not None and record["step"] <= last_step:
             kept.append(line)
-    _replace_text(file, "".join(line + "\n" for line in kept))
-
-
-def _replace_text(file: Path, text: str) -> None:
-    """Write a file such that whatever happens either the old content is there or the new one."""
-    new = file.with_name(f".{file.name}.new")
-    try:
-        with new.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
+    write_text(file, "".join(line + "\n" for line in kept))
 
 
 def _parse_record(line: str) -> dict[str, Any] | None:
@@ -132,3 +157,152 @@ def _parse_record(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        output_dir (`Path`): folder of the run.
+        wanted (`str`): `"latest"` takes the newest intact checkpoint, naming the damaged ones that it passes over;
+            else the path of a checkpoint, absolute or below `output_dir`.
+
+    Returns:
+        `Path`, or None if `"latest"` finds no checkpoint at all.
+
+    Raises:
+        ConfigurationError: the named checkpoint does not exist or is damaged, or all of them are.
+    """
+    if wanted != "latest":
+        folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+        if not folder.is_dir():
+            raise ConfigurationError(
+                f"there is no checkpoint {wanted}: set --resume_from_checkpoint to a folder, or to latest."
+            )
+        damage = find_damage(folder)
+        if damage:
+            raise ConfigurationError(f"the checkpoint {folder} is damaged ({damage}): resume from another one.")
+        return folder
+    folders = checkpoint_folders(output_dir)
+    for folder in reversed(folders):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        logger.warning(f"the checkpoint {folder} is damaged ({damage}) and passed over.")
+    if folders:
+        raise ConfigurationError(
+            f"all {len(folders)} checkpoints in {output_dir} are damaged: start anew in another --output_dir."
+        )
+    return None
+
+
+def write_manifest(folder: Path) -> None:
+    """Write size and SHA-256 of every file below `folder` into it, for `find_damage`."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    manifest = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None if every file is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        written = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return f"{MANIFEST_FILE} is missing or unreadable"
+    for name, (size, digest) in {STATE_FILE: (None, None), **written}.items():
+        file = folder / name
+        try:
+            if name not in written or not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
+            if sha256(file) != digest:
+                return f"{name} has other content than was written"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
+def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`; called after a new one is complete, so one always remains."""
+    for folder in checkpoint_folders(output_dir)[: -limit if limit else 0]:
+        remove_folder(folder)
+
+
+def set_aside_later(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, from which a resumed run goes another way, so that `latest` passes them."""
+    for folder in checkpoint_folders(output_dir):
+        if step_of(folder) > step:
+            aside = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            logger.warning(f"{folder.name} lies after the step that the run resumes from: it is now {aside.name}.")
+
+
+class RunLock:
+    """An exclusive lock on an output folder, which the system lets go when its process ends, however it ends.
+
+    Args:
+        folder (`Path`): made if it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: TextIO | None = None
+        self._has_made_folder = False
+
+    def acquire(self) -> None:
+        """Take the lock, or warn where the file system has no locks.
+
+        Raises:
+            ConfigurationError: another process has it.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            return
+        self._has_made_folder = self._has_made_folder or not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = (self.folder / LOCK_FILE).open("a+")
+        try:
+            # `lockf`, not `flock`: loader processes that outlive a killed run must not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                logger.warning(
+                    f"the folder {self.folder} cannot be locked ({error.strerror}): start one run in it only."
+                )
+                return
+            raise ConfigurationError(
+                f"the output folder {self.folder} is in use by a run that goes on ({holder}): stop that run first, or "
+                "set another --output_dir."
+            ) from None
+        if not self._is_current(file):
+            # The holder of the lock took the file away between opening and locking.
+            file.close()
+            self.acquire()
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+
+    def _is_current(self, file: TextIO) -> bool:
+        # Compared without opening it again: closing any handle of a file lets its `lockf` lock go.
+        path = self.folder / LOCK_FILE
+        return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+    def release(self) -> None:
+        """Let the lock go and take its file away, and the folder if it was made for it and is still empty."""
+        if self._file is not None:
+            (self.folder / LOCK_FILE).unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+            if self._has_made_folder and not any(self.folder.iterdir()):
+                self.folder.rmdir()

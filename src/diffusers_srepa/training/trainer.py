@@ -1,149 +1,195 @@
-"""The training loop: setup, step, and what is due after a step."""
+"""The training loop: setup, steps, and what is due after a step."""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from diffusers_srepa.interpolant import get_interpolant
-from diffusers_srepa.training import checkpoint_folder, checkpoints, publish
-from diffusers_srepa.training.accelerator import build_accelerator
-from diffusers_srepa.training.batches import training_batches
-from diffusers_srepa.training.checkpoints import RunState
-from diffusers_srepa.training.components import build_components
-from diffusers_srepa.training.config import TrainingConfig
-from diffusers_srepa.training.ema import WeightAverage
-from diffusers_srepa.training.finite import FiniteGuard, poison_unless_finite
-from diffusers_srepa.training.interruption import StopRequest, TrainingInterrupted
-from diffusers_srepa.training.launch import check_environment, check_processes, micro_batch_size
-from diffusers_srepa.training.method import AlignedFlowMatching
-from diffusers_srepa.training.optimization import build_lr_schedule, build_optimizer, set_schedule_step
-from diffusers_srepa.training.reports import Reports
-from diffusers_srepa.training.resume import find_resume
+from diffusers_srepa.configuration.training import RunConfig
+from diffusers_srepa.data.batches import training_batches
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.files import check_name, remove_incomplete, write_text
+from diffusers_srepa.training import checkpoint
+from diffusers_srepa.training.callbacks import TrainerCallback
+from diffusers_srepa.training.checkpoint import RunState
+from diffusers_srepa.training.dataset import load_dataset
+from diffusers_srepa.training.distributed import (
+    build_accelerator,
+    micro_batch_size,
+    prepare_sharding,
+    resolve_precision,
+    weightless_copy,
+)
+from diffusers_srepa.training.export import RunWriter, claim_repository
+from diffusers_srepa.training.logging import Progress, resolve_trackers
+from diffusers_srepa.training.method import TrainingMethod, saved_parts
+from diffusers_srepa.training.methods.registry import METHODS
+from diffusers_srepa.training.nonfinite import NonFiniteGuard
+from diffusers_srepa.training.optimizers import warn_if_average_is_young
+from diffusers_srepa.training.resume import Resumed, check_same_run, find_resume
 from diffusers_srepa.training.run_folder import (
+    CONFIG_FILE,
     METRICS_FILE,
+    RunLock,
     check_output_folder,
     checkpoint_folders,
     clear_output_folder,
+    set_aside_later,
     truncate_metrics,
-    write_config,
+    writing_to,
 )
-from diffusers_srepa.training.run_lock import RunLock
-from diffusers_srepa.training.sharding import prepare_sharding, weightless_copy
-from diffusers_srepa.training.writer import RunWriter
+from diffusers_srepa.training.signals import Stop, StopRequest, TrainingInterrupted, outlive_signals
+from diffusers_srepa.training.step import TrainingStep
 
 
 logger = get_logger(__name__)
 
 
 class Trainer:
-    """A training run from its configuration: `Trainer(config).train()`.
+    """A training run: `Trainer(config).train()`, or with objects in the place of what the configuration names.
 
     Args:
-        config (`TrainingConfig`): resolved and validated, as `parse_training_config` returns it.
+        config (`RunConfig`): resolved, as `parse_training_config` returns it; it is copied.
+        method (`TrainingMethod`, *optional*): what is trained; by default the one that `config.method` names. Build
+            it after seeding, so that every process starts from the same weights.
+        transformer (`nn.Module`, *optional*): for the named method, its transformer; see `models/presets.py` for
+            what it must have.
+        dataset (*optional*): a `datasets.Dataset` or `IterableDataset` with images, or a dataset of training items;
+            by default the one that `config.data` names.
+        callbacks (`Sequence[TrainerCallback]`): called at the points of the run that `TrainerCallback` lists.
 
     Raises:
         ConfigurationError, DataError: whatever cannot work, before the first step; each names the option to change.
     """
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        method: TrainingMethod | None = None,
+        transformer: nn.Module | None = None,
+        dataset: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        config = copy.deepcopy(config)
+        config.training.mixed_precision = resolve_precision(config.training.mixed_precision)
+        if dataset is not None:
+            config.data.dataset = config.data.dataset or "(in memory)"
         config.validate()
-        check_environment()
         check_output_folder(config)
         self.config = config
+        self.callbacks = tuple(callbacks)
         self.output_dir = Path(str(config.output_dir))
-        self.accelerator = build_accelerator(config)
-        check_processes(self.accelerator, config.expected_processes)
-        self.stop = StopRequest(self.accelerator)
+        self.accelerator = build_accelerator(config, resolve_trackers(config.tracking.report_to))
         self.micro_batch_size = micro_batch_size(config.training, self.accelerator.num_processes)
-        self.repository = publish.claim_repository(config, self.accelerator)
-        # Every rank initialises the same weights; nothing after this draws from the global generators.
-        set_seed(config.seed)
-        self.parts = build_components(config, self.accelerator)
-        self.guard = FiniteGuard(config.training.max_skipped_steps)
+        self.lock = RunLock(self.output_dir)
+        self.stop_request = StopRequest(self.accelerator)
+        self.guard = NonFiniteGuard(config.training.max_skipped_steps)
         self.step = 0
         self.replaced_images = 0
-        self._unproven_step: int | None = None
+        self._metrics: dict[str, float] = {}
+        self._loss_weights: dict[str, float] = {}
+        # Step of the newest checkpoint, until a finite loss has shown that its weights are good.
+        self._unproven_checkpoint: int | None = None
         self._save_is_due = False
-        self._prepare_training()
-        self._prepare_folder()
+        try:
+            self._set_up(method, transformer, dataset)
+        except BaseException:
+            self.lock.release()
+            raise
 
     # ---------------------------------------------------------------- setup
 
-    def _prepare_training(self) -> None:
-        config, parts, device = self.config, self.parts, self.accelerator.device
-        resumed = find_resume(config, parts.dataset, self.accelerator.num_processes)
+    def _set_up(self, method: TrainingMethod | None, transformer: nn.Module | None, dataset: Any) -> None:
+        config, accelerator = self.config, self.accelerator
+        if accelerator.is_main_process:
+            # Before the checkpoint is chosen, which a run that goes on here may still be adding to.
+            with writing_to(self.output_dir):
+                self.lock.acquire()
+        accelerator.wait_for_everyone()
+        resumed = find_resume(config, accelerator)
+        self.repository = claim_repository(config, accelerator)
+        # Every rank initialises the same weights; nothing after this draws from the global generators.
+        set_seed(config.seed)
+        if method is None:
+            method = METHODS[config.method].load()(config, transformer=transformer)
+        elif transformer is not None:
+            raise ConfigurationError("method and transformer are both given: give the method its transformer.")
+        self.method = method
+        self.dataset = load_dataset(config, method, accelerator, dataset)
         if resumed is not None:
-            checkpoints.load_trained_weights(resumed.folder, parts.student)
-        sharded = prepare_sharding(self.accelerator, list(parts.transformer._no_split_modules or []))
-        template = weightless_copy(parts.student) if sharded else None
-        if config.model.compile:
-            parts.transformer.compile_repeated_blocks()
-        optimizer = build_optimizer(parts.student.to(device).parameters(), config.optimizer)
-        self.student, self.optimizer = self.accelerator.prepare(parts.student, optimizer)
-        self.unwrapped = self.accelerator.unwrap_model(self.student)
-        self.lr_schedule = build_lr_schedule(self.optimizer.optimizer, config.optimizer, config.training.max_steps)
-        self.average = WeightAverage(self.unwrapped, config.training.ema_decay)
-        self.writer = RunWriter(
-            self.accelerator, config, parts, self.unwrapped, self.average, template, self.repository
-        )
-        parts.codec.to(device)
-        for teacher in parts.teachers.values():
-            teacher.to(device)
-        self.method = self._build_method()
+            check_same_run(resumed, config, self.dataset, accelerator.num_processes)
+        method.prepare(self.dataset)
+        self.modules = method.modules
+        _check_names(method)
+        self._prepare_training(resumed)
+        self._prepare_folder()
+
+    def _prepare_training(self, resumed: Resumed | None) -> None:
+        config, accelerator, method = self.config, self.accelerator, self.method
         if resumed is not None:
-            self._restore(resumed.folder, resumed.state)
-
-    def _build_method(self) -> AlignedFlowMatching:
-        config, parts = self.config, self.parts
-        return AlignedFlowMatching(
-            self.student,
-            parts.codec,
-            parts.teachers,
-            parts.criterion,
-            get_interpolant(config.flow.path),
-            config.flow,
-            seed=config.seed,
-            class_dropout_prob=parts.transformer.config.class_dropout_prob,
-            timestep_scale=parts.transformer.config.timestep_scale,
-            class_token_weight=config.alignment.class_token_weight,
-            autocast=self.accelerator.autocast,
+            checkpoint.load_raw_weights(resumed.folder, self.modules)
+        sharded = prepare_sharding(accelerator)
+        templates = {name: weightless_copy(module) for name, module in self.modules.items()} if sharded else None
+        share = config.training.global_batch_size // accelerator.num_processes
+        self.training = TrainingStep(
+            method,
+            accelerator,
+            options=config.optimizer,
+            max_steps=config.training.max_steps,
+            ema_decay=config.training.ema_decay,
+            num_micro_batches=share // self.micro_batch_size,
+            sharded=sharded,
         )
+        self.ema = self.training.ema
+        self.writer = RunWriter(accelerator, config, method, self.training, templates, self.dataset.id2label)
+        method.to(accelerator.device)
+        if resumed is not None:
+            self._restore(resumed)
 
-    def _restore(self, folder: Path, state: RunState) -> None:
-        checkpoints.load_training_state(folder, self.unwrapped, self.average, self.optimizer.optimizer)
-        set_schedule_step(self.lr_schedule, state.step)
+    def _restore(self, resumed: Resumed) -> None:
+        state = resumed.state
+        checkpoint.load_training_state(resumed.folder, self.modules, self.ema, self.training.plain_optimizers())
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.step = state.step
         self.guard.restore(state.step, state.skipped_steps)
         # The saved number counts all processes, as the sum over processes does.
         self.replaced_images = state.replaced_images if self.accelerator.is_main_process else 0
-        logger.info(f"resumed from {folder} at step {self.step}")
+        logger.info(f"resumed from {resumed.folder} at step {self.step}")
 
     def _prepare_folder(self) -> None:
-        config, main = self.config, self.accelerator.is_main_process
-        self.lock = RunLock(self.output_dir)
-        if main:
-            with checkpoints.writing_to(self.output_dir):
-                self.lock.acquire()
+        config = self.config
+        if self.accelerator.is_main_process:
+            with writing_to(self.output_dir):
                 if config.overwrite_output_dir and not config.resume_from_checkpoint:
-                    clear_output_folder(self.output_dir)
-                write_config(config, self.output_dir)
-                checkpoint_folder.remove_incomplete(self.output_dir)
-                checkpoint_folder.set_aside_later(self.output_dir, self.step)
+                    clear_output_folder(self.output_dir, saved_parts(self.modules))
+                write_text(self.output_dir / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+                remove_incomplete(self.output_dir)
+                set_aside_later(self.output_dir, self.step)
                 truncate_metrics(self.output_dir / METRICS_FILE, self.step)
         self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------- for callbacks
+
+    def stop(self, reason: str) -> None:
+        """End the run after the present step as if it were the last: checkpoint, pipeline and card are written."""
+        self.stop_request.finish(reason)
+
+    def add_metrics(self, values: Mapping[str, float]) -> None:
+        """Log numbers of your own with the values that are logged next; of several under one name the last counts."""
+        self._metrics |= {name: float(value) for name, value in values.items()}
 
     # ----------------------------------------------------------------- loop
 
@@ -159,15 +205,19 @@ class Trainer:
             CheckpointError: a checkpoint, or what else is due, could not be written.
             DataError: the data cannot be read on.
         """
-        self.reports = Reports(self.accelerator, self.config, self.parts, self.step)
-        self.reports.announce()
-        self.student.train()
+        self.progress = Progress(self.accelerator, self.config, self.step)
+        self._announce()
+        self.training.train_mode()
         try:
-            with checkpoints.writing_to(self.output_dir), self.stop:
+            with writing_to(self.output_dir), self.stop_request:
                 if self.step < self.config.training.max_steps:
                     self._loop()
-                self.guard.check_end(self.step, self.output_dir, self.accelerator.scaler is not None)
-                self.writer.finish(self.step)
+                # Every growth of the scale of fp16 may cost one step, so one says nothing about the weights.
+                let_pass = int(self.accelerator.scaler is not None)
+                self.guard.check(self.step, self.output_dir, let_pass)
+                self.writer.finish(self.step, self.repository)
+                for callback in self.callbacks:
+                    callback.on_train_end(self, self.step)
             self._end()
         except TrainingInterrupted:
             self._end()
@@ -176,16 +226,29 @@ class Trainer:
             self.lock.release()
         return self.output_dir
 
+    def _announce(self) -> None:
+        """Say what is trained, and what about it is questionable."""
+        config = self.config.training
+        precision = str(config.mixed_precision).replace("no", "full")
+        what, *more = self.method.describe() or [type(self.method).__name__]
+        logger.info(
+            f"training {what}: {config.max_steps} steps of {config.global_batch_size} images on "
+            f"{self.accelerator.num_processes} process(es), {precision} precision"
+        )
+        for line in more:
+            logger.info(line)
+        warn_if_average_is_young(config.ema_decay, config.max_steps)
+
     def _end(self) -> None:
-        # With gloo, a DDP module that is alive when the process group goes can wait for ever for a peer that has left.
         self.accelerator.wait_for_everyone()
-        self.student = self.method.student = self.unwrapped
+        self.training.unwrap()
         self.accelerator.free_memory()
-        self.reports.close()
+        self.progress.close()
 
     def _batches(self) -> Generator[dict[str, torch.Tensor], None, None]:
-        return training_batches(
-            self.parts.dataset,
+        """This process's micro-batches from the present step on, on the device."""
+        batches = training_batches(
+            self.dataset,
             global_batch_size=self.config.training.global_batch_size,
             micro_batch_size=self.micro_batch_size,
             seed=self.config.seed,
@@ -195,48 +258,76 @@ class Trainer:
             num_steps=self.config.training.max_steps,
             num_workers=self.config.data.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=outlive_signals,
         )
+        with closing(batches):
+            for batch in batches:
+                self.replaced_images += int(batch["replaced"].sum())
+                # Positions stay on the CPU, where the random numbers are drawn.
+                yield {
+                    name: value
+                    if name in ("position", "replaced")
+                    else value.to(self.accelerator.device, non_blocking=True)
+                    for name, value in batch.items()
+                }
 
     def _loop(self) -> None:
         with closing(self._batches()) as batches, logging_redirect_tqdm():
             while self.step < self.config.training.max_steps:
-                self._drop_ended_terms()
-                values = self._train_step(batches)
+                self.training.rewrap(self.method.release(self.step))
+                values, self._loss_weights = self.training.run(batches, self.step)
+                self.guard.note(self.step, values is not None)
                 self.step += 1
-                self.reports.advance()
+                self.progress.advance()
                 self._after_step(values)
-                if self.stop.agreed() and self.step < self.config.training.max_steps:
-                    self._stop(is_finite=values is not None)
+                stop = self.stop_request.agreed()
+                if stop is not Stop.NOT and self.step < self.config.training.max_steps:
+                    self._stop(stop, is_finite=values is not None)
+                    return
 
     def _after_step(self, values: dict[str, torch.Tensor] | None) -> None:
         """Log, save and validate where that is due; weights that have just given no finite loss are not saved."""
         config = self.config
         if values is not None:
-            self.reports.meter.add(values)
+            self.progress.meter.add(values)
+        for callback in self.callbacks:
+            callback.on_step_end(self, self.step, values)
         if self.step % config.training.log_every == 0 or self.step == config.training.max_steps:
-            self.reports.log_values(
-                self.step,
-                float(self.lr_schedule.get_last_lr()[0]),
-                self.reports.count(self.replaced_images),
-                self.guard.skipped_steps,
-            )
+            self._log()
         self.guard.check(self.step, self.output_dir)
         started = time.perf_counter()
-        if values is not None and self._unproven_step is not None:
-            # The newest checkpoint has given a finite loss now: older ones may go.
+        if values is not None and self._unproven_checkpoint is not None:
+            # Its weights have given a finite loss now: older checkpoints may go.
             self.writer.prune_checkpoints()
-            self._unproven_step = None
+            self._unproven_checkpoint = None
         self._save_is_due = self._save_is_due or self._is_due(config.checkpoints.every)
         if self._save_is_due and values is not None:
             self._save_checkpoint()
         if self._is_due(config.validation.every):
-            grid = self.writer.validate(self.step, self.stop.requested)
-            if grid is not None:
-                self.reports.log.log_image("validation", grid, self.step)
-        self.reports.meter.exclude(time.perf_counter() - started)
+            self._validate()
+        self.progress.meter.exclude(time.perf_counter() - started)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.training.max_steps)
+
+    def _log(self) -> None:
+        more = self.training.current_learning_rate(self.step)
+        more |= {f"weight/{name}": weight for name, weight in self._loss_weights.items()}
+        more |= {"replaced_images": float(self._count_replaced()), "skipped_steps": float(self.guard.skipped_steps)}
+        self.progress.log_values(self.step, {**more, **self._metrics})
+        self._metrics = {}
+
+    def _count_replaced(self) -> int:
+        """Unreadable images that all processes have replaced; every process must call."""
+        total = torch.tensor(self.replaced_images, device=self.accelerator.device)
+        return int(self.accelerator.reduce(total, reduction="sum"))
+
+    def _validate(self) -> None:
+        images, grid = self.writer.validate(self.step, self.stop_request.requested)
+        if grid is not None:
+            self.progress.log.log_image("validation", grid, self.step)
+        for callback in self.callbacks:
+            callback.on_validation(self, self.step, images)
 
     def _save_checkpoint(self) -> None:
         scaler = self.accelerator.scaler
@@ -245,87 +336,39 @@ class Trainer:
             seed=self.config.seed,
             global_batch_size=self.config.training.global_batch_size,
             num_processes=self.accelerator.num_processes,
-            dataset_fingerprint=self.parts.dataset.fingerprint,
-            replaced_images=self.reports.count(self.replaced_images),
+            dataset_fingerprint=self.dataset.fingerprint,
+            replaced_images=self._count_replaced(),
             skipped_steps=self.guard.skipped_steps,
             scaler=scaler.state_dict() if scaler is not None else {},
         )
-        self.writer.save_checkpoint(state, self.optimizer.optimizer)
-        self._save_is_due, self._unproven_step = False, self.step
+        folder = self.writer.save_checkpoint(state)
+        self._save_is_due, self._unproven_checkpoint = False, self.step
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, self.step, folder)
 
-    def _stop(self, is_finite: bool) -> None:
-        if is_finite and self._unproven_step != self.step:
+    def _stop(self, stop: Stop, is_finite: bool) -> None:
+        if is_finite and self._unproven_checkpoint != self.step:
             self._save_checkpoint()
+        if stop is Stop.FINISH:
+            reason = self.stop_request.finish_reason or "another process"
+            logger.info(f"training ends after step {self.step}: {reason}")
+            return
         saved = checkpoint_folders(self.output_dir)
         where = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        reason = self.stop.reason or "a signal to another process"
+        reason = self.stop_request.reason or "a signal to another process"
         raise TrainingInterrupted(
             f"stopped by {reason} after step {self.step}; {where}: go on with --resume_from_checkpoint latest."
         )
 
-    def _drop_ended_terms(self) -> None:
-        """Let go of what only terms that have ended for good needed: tap, projector and teacher.
 
-        Stopped projectors keep their weights but get no gradient, for which DDP would wait for ever: it is wrapped
-        anew around what still trains. FSDP reduces the gradients that are there and needs nothing.
-        """
-        criterion = self.parts.criterion
-        ended = set(self.unwrapped.features) - set(criterion.features(self.step))
-        if not ended:
-            return
-        self.unwrapped.stop_features(ended)
-        if isinstance(self.student, DistributedDataParallel):
-            self.accelerator._models.clear()
-            self.student = self.method.student = self.accelerator.prepare_model(self.unwrapped)
-        needed = self.method.needed_teachers(self.step)
-        self.parts.teachers = {name: teacher for name, teacher in self.parts.teachers.items() if name in needed}
-        self.method.teachers = dict(self.parts.teachers)
-        logger.info(f"step {self.step}: {len(ended)} aligned feature(s) have ended and are dropped")
-
-    def _train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
-        """One optimiser step.
-
-        Returns:
-            `dict[str, torch.Tensor]`: means of the raw values over this process's micro-batches, and the gradient's
-            norm before clipping; None if the step was skipped.
-        """
-        share = self.config.training.global_batch_size // self.accelerator.num_processes
-        num_micro_batches = share // self.micro_batch_size
-        sums: dict[str, torch.Tensor] = {}
-        for index in range(num_micro_batches):
-            batch = self._to_device(next(batches))
-            with self._gradients_travel(index == num_micro_batches - 1):
-                output = self.method(batch, self.step)
-                self.accelerator.backward(poison_unless_finite(output.loss) / num_micro_batches)
-            for name, value in {"loss": output.loss.detach(), **output.parts}.items():
-                sums[name] = sums.get(name, 0.0) + value / num_micro_batches
-        norm = self._optimizer_step()
-        is_finite = bool(torch.isfinite(norm))
-        self.guard.note(self.step, is_finite)
-        return {**sums, "grad_norm": norm} if is_finite else None
-
-    def _gradients_travel(self, last: bool) -> AbstractContextManager[Any]:
-        # Between processes once per optimiser step, with the last micro-batch.
-        return nullcontext() if last else self.accelerator.no_sync(self.student)
-
-    def _optimizer_step(self) -> torch.Tensor:
-        """Update weights and average unless the gradient is not finite; returns its norm before clipping."""
-        limit = self.config.optimizer.max_grad_norm or float("inf")
-        norm: Any = self.accelerator.clip_grad_norm_(self.student.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        is_finite = bool(torch.isfinite(norm))
-        # The scaler of fp16 skips by itself, and has to know of it to lower its scale.
-        if is_finite or self.accelerator.scaler is not None:
-            self.optimizer.step()
-        if is_finite:
-            self.average.update()
-        set_schedule_step(self.lr_schedule, self.step + 1)
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
-
-    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        self.replaced_images += int(batch["replaced"].sum())
-        # Positions stay on the CPU, where the random numbers are drawn.
-        device = self.accelerator.device
-        moved = ("pixel_values", "moments", "class_labels")
-        return {name: value.to(device, non_blocking=True) if name in moved else value for name, value in batch.items()}
+def _check_names(method: TrainingMethod) -> None:
+    """Refuse names of modules and phases that are no names of files, and phases of unknown modules."""
+    for name in (*method.modules, *(phase.name for phase in method.phases)):
+        check_name("the name of a module or phase of the method", name)
+    for phase in method.phases:
+        unknown = set(phase.modules) - set(method.modules)
+        if unknown:
+            raise ConfigurationError(
+                f"the phase {phase.name!r} names the modules {sorted(unknown)}, but the method has "
+                f"{', '.join(method.modules)}: change the phase."
+            )

@@ -1,4 +1,4 @@
-"""Ending a run in good order when it is asked to stop: by a signal, or by the death of its launcher."""
+"""Ending a run in good order when it is asked to stop: by a signal, by the death of its launcher, or by a callback."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from diffusers_srepa.training.accelerator import LONGEST_WAIT
+from diffusers_srepa.training.distributed import LONGEST_WAIT
 
 
 EXIT_CODE = 75
@@ -34,6 +35,16 @@ class TrainingInterrupted(Exception):
     exit_code = EXIT_CODE
 
 
+class Stop(IntEnum):
+    """How a run stops; of two requests the greater one counts."""
+
+    NOT = 0
+    FINISH = 1
+    """As if this were the last step: the pipeline is written."""
+    INTERRUPT = 2
+    """Save, and end with `EXIT_CODE`."""
+
+
 class StopRequest:
     """Notices, as a context around the training, that it is asked to stop, and lets all processes agree on the step.
 
@@ -49,6 +60,7 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator, environment: Mapping[str, str] | None = None) -> None:
         environment = os.environ if environment is None else environment
         self.reason: str | None = None
+        self.finish_reason: str | None = None
         self._parent = os.getppid() if any(mark in environment for mark in _LAUNCHER_MARKS) else None
         self._before: dict[signal.Signals, Any] = {}
         self._asked_at = 0.0
@@ -87,26 +99,32 @@ class StopRequest:
             number, handler = self._before.popitem()
             signal.signal(number, handler)
 
+    def finish(self, reason: str) -> None:
+        """Ask for the end of the run after this step; one process is enough."""
+        self.finish_reason = reason
+
     def requested(self) -> bool:
-        """Whether this process was asked."""
+        """Whether this process was asked to interrupt the run."""
         if self.reason is None and self._parent is not None and os.getppid() != self._parent:
             self.reason = "the end of its launcher"
         return self.reason is not None
 
-    def agreed(self) -> bool:
+    def agreed(self) -> Stop:
         """Whether the run stops now; every process must call once a step, and all get the same answer.
 
         With several processes the answer comes a step late, so that no step waits for it.
         """
+        own = Stop.INTERRUPT if self.requested() else Stop.FINISH if self.finish_reason else Stop.NOT
         if self._group is None:
-            return self.requested()
-        flag = torch.tensor([int(self.requested())])
-        before, work = self._pending, distributed.all_reduce(flag, group=self._group, async_op=True)
+            return own
+        flag = torch.tensor([int(own)])
+        before = self._pending
+        work = distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (work, flag)
         if before is None:
-            return False
+            return Stop.NOT
         before[0].wait()
-        return bool(before[1].item())
+        return Stop(int(before[1].item()))
 
 
 def outlive_signals(worker_id: int) -> None:

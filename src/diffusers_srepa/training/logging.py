@@ -1,24 +1,77 @@
-"""Logged values: `metrics.jsonl` in the output folder, always, and any tracker that accelerate knows."""
+"""What a run tells while it goes: console, progress bar, `metrics.jsonl`, and the trackers that accelerate knows."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from PIL import Image
+from tqdm import tqdm
 
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config import TrainingConfig
+from diffusers_srepa.configuration.options import flatten
+from diffusers_srepa.configuration.training import RunConfig
+from diffusers_srepa.errors import ConfigurationError, one_line
 from diffusers_srepa.training.run_folder import METRICS_FILE
 
 
 logger = get_logger(__name__)
+
+
+def set_up_console(level: int = logging.INFO) -> None:
+    """Show this package's messages from `level` on, and warnings of everything else, as plain lines."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("diffusers_srepa").setLevel(level)
+
+
+class Meter:
+    """Collects the values of every step between two logged ones, on the device and without waiting for it.
+
+    Args:
+        images_per_step (`int`): the global batch size.
+    """
+
+    def __init__(self, images_per_step: int) -> None:
+        self.images_per_step = images_per_step
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._steps = 0
+        self._paused = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Add the scalars of one step."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._steps += 1
+
+    def exclude(self, seconds: float) -> None:
+        """Do not count time spent on checkpoints and validation as training time."""
+        self._paused += seconds
+
+    def collect(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over steps and processes since the last call, and `images_per_second`; every rank must call."""
+        names = sorted(self._sums)
+        values: dict[str, float] = {}
+        if names:
+            # A term that ended within the interval has fewer values than steps.
+            means = torch.stack([self._sums[name].float() / self._counts[name] for name in names])
+            values = dict(zip(names, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+        seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
+        values["images_per_second"] = self._steps * self.images_per_step / seconds
+        self._sums, self._counts, self._steps, self._paused = {}, {}, 0, 0.0
+        self._since = time.perf_counter()
+        return values
 
 
 def resolve_trackers(report_to: str) -> str | None:
@@ -54,10 +107,10 @@ class RunLog:
 
     Args:
         accelerator (`Accelerator`): built with `resolve_trackers` as `log_with`.
-        config (`TrainingConfig`): the resolved configuration, given to the trackers.
+        config (`RunConfig`): the resolved configuration, given to the trackers.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainingConfig) -> None:
+    def __init__(self, accelerator: Accelerator, config: RunConfig) -> None:
         self.accelerator = accelerator
         self.file = Path(str(config.output_dir)) / METRICS_FILE
         self._config = config
@@ -141,19 +194,51 @@ class RunLog:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _count_lines(file: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested values under dotted names, with lists and None as text, as hyper-parameter tables take them."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+class Progress:
+    """Console, metrics file and trackers of a run.
+
+    Args:
+        accelerator (`Accelerator`): the run's.
+        config (`RunConfig`): its configuration.
+        start_step (`int`): step at which it starts.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: RunConfig, start_step: int) -> None:
+        self.accelerator = accelerator
+        self.log = RunLog(accelerator, config)
+        self.meter = Meter(config.training.global_batch_size)
+        self.bar: tqdm[Any] = tqdm(
+            total=config.training.max_steps,
+            initial=start_step,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+
+    def advance(self) -> None:
+        """Count a step on the progress bar."""
+        # A terminal that was closed, or a `tee` that has ended, is no reason to lose a run.
+        with suppress(OSError):
+            self.bar.update()
+
+    def log_values(self, step: int, more: Mapping[str, float]) -> None:
+        """Write the means since the last call, with `more`, under `step`; every process must call."""
+        values = {**self.meter.collect(self.accelerator), **more}
+        loss = f"{values['loss']:.4f}" if "loss" in values else "not finite"
+        with suppress(OSError):
+            self.bar.set_postfix_str(f"loss {loss}, {values['images_per_second']:.1f} img/s")
+        self.log.log(values, step)
+
+    def close(self) -> None:
+        """End the progress bar and let the trackers finish."""
+        with suppress(OSError):
+            self.bar.close()
+        self.log.close()

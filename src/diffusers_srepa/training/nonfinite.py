@@ -1,4 +1,4 @@
-"""What happens to a step whose loss or gradient is not finite: it is skipped, and too many in a row end the run."""
+"""Steps whose loss or gradient is not finite: they are skipped, and too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 
-from diffusers_srepa.training.run_folder import CHECKPOINT_PREFIX, checkpoint_folders
+from diffusers_srepa.training.run_folder import checkpoint_folders, step_of
 
 
 logger = get_logger(__name__)
@@ -21,7 +21,7 @@ def poison_unless_finite(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
 
 
-class FiniteGuard:
+class NonFiniteGuard:
     """Counts the steps that were skipped, and knows up to which step the weights are good.
 
     Args:
@@ -55,39 +55,22 @@ class FiniteGuard:
             f"step {step + 1}: loss or gradient is not finite, the step is skipped ({self._in_a_row} in a row)"
         )
 
-    def check(self, step: int, output_dir: Path) -> None:
+    def check(self, step: int, output_dir: Path, let_pass: int | None = None) -> None:
         """End the run after too many skipped steps in a row.
 
         Args:
             step (`int`): steps made.
             output_dir (`Path`): folder of the run.
+            let_pass (`int`, *optional*): how many in a row are let pass here; by default the limit.
 
         Raises:
             FloatingPointError: naming the last checkpoint whose weights gave a finite loss.
         """
-        if self._in_a_row > self.limit:
-            raise FloatingPointError(self._verdict(step, output_dir))
-
-    def check_end(self, step: int, output_dir: Path, has_scaler: bool = False) -> None:
-        """Refuse to finish with weights whose last loss was not finite.
-
-        Args:
-            step (`int`): steps made.
-            output_dir (`Path`): folder of the run.
-            has_scaler (`bool`): whether losses are scaled (fp16); every growth of the scale may cost one step, so one
-                says nothing about the weights.
-
-        Raises:
-            FloatingPointError: as `check`.
-        """
-        if self._in_a_row > int(has_scaler):
-            raise FloatingPointError(self._verdict(step, output_dir))
-
-    def _verdict(self, step: int, output_dir: Path) -> str:
-        saved = checkpoint_folders(output_dir)
-        good = [folder for folder in saved if int(folder.name.removeprefix(CHECKPOINT_PREFIX)) <= self._proven_step]
+        if self._in_a_row <= (self.limit if let_pass is None else let_pass):
+            return
+        good = [folder for folder in checkpoint_folders(output_dir) if step_of(folder) <= self._proven_step]
         last = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
-        return (
+        raise FloatingPointError(
             f"loss or gradient was not finite in the last {self._in_a_row} step(s) up to step {step} (at most "
             f"{self.limit} in a row are skipped, training.max_skipped_steps); {last}: lower optimizer.lr, or check "
             "the data."
