@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
-from diffusers_srepa.configuration.comparison import find_changes
+from diffusers_srepa.configuration.comparison import differing_options
 from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.data.batches import check_same_stream
 from diffusers_srepa.errors import ConfigurationError
@@ -64,7 +64,7 @@ def _find(config: RunConfig) -> Resumed | None:
         logger.warning(f"there is no checkpoint in {output_dir} yet: the run starts from the beginning.")
         return None
     before = yaml.safe_load((folder / CONFIG_FILE).read_text())
-    changes = find_changes(before, config.to_dict(), type(config))
+    changes = differing_options(before, config.to_dict(), type(config))
     if changes and not config.resume_with_changes:
         raise ConfigurationError(
             f"the checkpoint {folder} was trained otherwise ({'; '.join(changes)}): set these options back, or set "
