@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.training.config_sections import SamplingConfig, ValidationConfig
 
 
