@@ -214,6 +214,17 @@ def test_push_to_hub_of_the_pipeline_keeps_the_card(hub: HubServer, pushed: SiTP
     assert torch.equal(sample(SiTPipeline.from_pretrained(REPO)), sample(pushed))
 
 
+def test_a_new_pipeline_gets_a_card_of_its_own(
+    hub: HubServer, pipe: SiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the `README.md` of whatever project the process runs in."""
+    (tmp_path / "README.md").write_text("# Another project\n")
+    monkeypatch.chdir(tmp_path)
+    pipe.push_to_hub("tester/new")
+    card = hub.model("tester/new").resolve("main").files["README.md"].content
+    assert b"Another project" not in card and b"diffusers" in card
+
+
 def test_save_and_push_in_one_call_keeps_the_card(hub: HubServer, pipe: SiTPipeline, tmp_path: Path) -> None:
     folder = finished_run(pipe, tmp_path / "my-run")
     card = (folder / "README.md").read_bytes()
