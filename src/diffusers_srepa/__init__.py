@@ -44,7 +44,7 @@ _PUBLIC = {
     "Product": "alignment.schedule",
     "RKDDistanceAlignment": "alignment.objectives.rkd_distance",
     "Schedule": "alignment.schedule",
-    "SiTPipeline": "pipelines.pipeline_sit",
+    "SiTPipeline": "pipelines.hub",
     "SiTTransformer2DModel": "models.transformer_sit",
     "SimilarityPreservingAlignment": "alignment.objectives.similarity_preserving",
     "SpatialNorm": "alignment.spatial_norm",
@@ -121,7 +121,7 @@ if TYPE_CHECKING:
     from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec as AutoencoderKLCodec
     from diffusers_srepa.latents.pixels import PixelCodec as PixelCodec
     from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel as SiTTransformer2DModel
-    from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline as SiTPipeline
+    from diffusers_srepa.pipelines.hub import SiTPipeline as SiTPipeline
     from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import (
         FlowMatchEulerMaruyamaScheduler as FlowMatchEulerMaruyamaScheduler,
     )

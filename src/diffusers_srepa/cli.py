@@ -152,7 +152,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     import torch
 
     from diffusers_srepa.errors import ConfigurationError
-    from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+    from diffusers_srepa.pipelines.hub import SiTPipeline
     from diffusers_srepa.training.config_sections import SamplingConfig, ValidationConfig
     from diffusers_srepa.training.validation import check_labels, sample_images, write_validation
 

@@ -18,7 +18,7 @@ from diffusers_srepa.conversion.layout import Choices, read_layout
 from diffusers_srepa.conversion.state_dict import Weights
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from tests.helpers.reference_sit import random_projector, random_state, reference_forward, reference_projection
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusers_srepa.alignment.projectors import ConvProjector, MLPProjector
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.tokens import TokenMap
 from tests.helpers.reference_weights import GRID, golden_inputs, projector_state_dict, reference_state_dict
 

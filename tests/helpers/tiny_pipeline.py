@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from tests.helpers.tiny_autoencoder import tiny_autoencoder
 from tests.helpers.tiny_sit import tiny_sit

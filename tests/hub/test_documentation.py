@@ -10,7 +10,7 @@ import torch
 
 from diffusers_srepa.alignment.projectors import MLPProjector
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from tests.hub.conftest import REPOSITORY_ROOT
 from tests.hub.protocol import User

@@ -6,7 +6,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModel, Dinov2Config, Dinov2Model
 
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from tests.hub.conftest import RunPython
 from tests.hub.server import HubServer

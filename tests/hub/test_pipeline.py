@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi, ModelCard
 
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from diffusers_srepa.training.hub import create_repository, push_folder
 from diffusers_srepa.training.model_card import ModelCardFacts, write_model_card
@@ -212,6 +212,17 @@ def test_push_to_hub_of_the_pipeline_keeps_the_card(hub: HubServer, pushed: SiTP
     assert len(hub.requests("POST", "/commit/")) == 1
     assert "projectors/default/config.json" in head.files
     assert torch.equal(sample(SiTPipeline.from_pretrained(REPO)), sample(pushed))
+
+
+def test_a_new_pipeline_gets_a_card_of_its_own(
+    hub: HubServer, pipe: SiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the `README.md` of whatever project the process runs in."""
+    (tmp_path / "README.md").write_text("# Another project\n")
+    monkeypatch.chdir(tmp_path)
+    pipe.push_to_hub("tester/new")
+    card = hub.model("tester/new").resolve("main").files["README.md"].content
+    assert b"Another project" not in card and b"diffusers" in card
 
 
 def test_save_and_push_in_one_call_keeps_the_card(hub: HubServer, pipe: SiTPipeline, tmp_path: Path) -> None:

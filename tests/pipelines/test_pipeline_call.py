@@ -21,7 +21,7 @@ from diffusers import (
 from diffusers.callbacks import PipelineCallback
 
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from tests.helpers.tiny_autoencoder import tiny_autoencoder
 from tests.helpers.tiny_pipeline import generators, tiny_pipeline
 from tests.helpers.tiny_sit import tiny_sit

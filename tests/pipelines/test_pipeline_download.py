@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline, select_pipeline_files
+from diffusers_srepa.pipelines.hub import SiTPipeline, select_pipeline_files
 
 
 INDEX = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from tests.helpers.tiny_pipeline import ID2LABEL, generators, tiny_pipeline
 
 

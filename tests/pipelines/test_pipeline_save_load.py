@@ -15,7 +15,7 @@ from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from tests.helpers.tiny_pipeline import ID2LABEL, tiny_pipeline
 from tests.helpers.tiny_sit import tiny_sit

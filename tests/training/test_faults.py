@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.training import export, interruption
 from diffusers_srepa.training.checkpoints import CheckpointError, read_state
 from diffusers_srepa.training.command_line import load_training_config

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from diffusers_srepa.training.card_facts import facts_from_config
 from diffusers_srepa.training.command_line import load_training_config

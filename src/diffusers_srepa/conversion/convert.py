@@ -25,7 +25,7 @@ from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
 from diffusers_srepa.latents.build import load_codec
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 
 

@@ -9,15 +9,9 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import json
 import math
 import numbers
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,22 +22,13 @@ from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import logging, replace_example_docstring
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi, create_repo, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-
-logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Timesteps are float32, so a time on the edge of the guidance interval may miss it by a rounding error.
 TIME_TOLERANCE = 1e-6
-WEIGHT_FILE = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?"
-    r"\.(?P<kind>safetensors|bin)"
-)
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -169,6 +154,33 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 ids_by_name.setdefault(_normalize_name(name), []).append(int(number))
         return [_find_label_id(name, ids_by_name) for name in names]
 
+    def class_numbers(self, class_labels: int | str | Sequence[Any] | torch.Tensor | np.ndarray) -> list[int]:
+        r"""
+        Class numbers of labels in any form that a call takes, flattened.
+
+        Args:
+            class_labels (`int`, `str`, a sequence of them, or an integer array or tensor):
+                Class numbers or names.
+
+        Raises:
+            ValueError: a label is neither, or there is no such class.
+        """
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, str):
+            class_labels = self.get_label_ids(class_labels)
+        if isinstance(class_labels, (list, tuple)):
+            return [number for label in class_labels for number in self.class_numbers(label)]
+        if isinstance(class_labels, bool) or not isinstance(class_labels, numbers.Integral):
+            raise ValueError(
+                f"`class_labels` has {class_labels!r} of type {type(class_labels).__name__}, but must hold integers "
+                "or class names."
+            )
+        number, last = int(class_labels), self.transformer.config.num_classes - 1
+        if not 0 <= number <= last:
+            raise ValueError(f"`class_labels` has {number}, but the transformer knows classes 0 to {last}.")
+        return [number]
+
     def check_inputs(
         self,
         label_ids: Sequence[int],
@@ -180,12 +192,6 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         output_type: str,
     ) -> None:
         """Checks what a call asks for; each failure is a `ValueError` of one sentence."""
-        num_classes, channels = self.transformer.config.num_classes, self.transformer.config.in_channels
-        wrong = [label for label in label_ids if not 0 <= label < num_classes]
-        if wrong:
-            raise ValueError(
-                f"`class_labels` has {wrong[0]}, but the transformer knows classes 0 to {num_classes - 1}."
-            )
         if not label_ids:
             raise ValueError("`class_labels` is empty, but at least one class is needed.")
         _check_positive_integer("num_images_per_prompt", num_images_per_prompt)
@@ -212,6 +218,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but the call needs {expected}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
+        channels = self.transformer.config.in_channels
         if self.vae is None and output_type == "pil" and channels not in (1, 3):
             raise ValueError(
                 f"Images of {channels} channels have no PIL form: set `output_type` to 'pt', or give a `vae`."
@@ -418,7 +425,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if guidance_channels is None:
             guidance_channels = self.config.guidance_channels
         height, width = self._image_size(height, width, latents)
-        label_ids = self._label_ids(class_labels)
+        label_ids = self.class_numbers(class_labels)
         self.check_components()
         self.check_inputs(label_ids, num_images_per_prompt, height, width, generator, latents, output_type)
         self.check_loop(num_inference_steps, sigmas, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -587,21 +594,6 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         return len(grid)
 
-    def _label_ids(self, class_labels: Any) -> list[int]:
-        """Class numbers of what the user passed as labels, flattened."""
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, str):
-            return self.get_label_ids(class_labels)
-        if isinstance(class_labels, (list, tuple)):
-            return [number for label in class_labels for number in self._label_ids(label)]
-        if isinstance(class_labels, bool) or not isinstance(class_labels, numbers.Integral):
-            raise ValueError(
-                f"`class_labels` has {class_labels!r} of type {type(class_labels).__name__}, but must hold integers "
-                "or class names."
-            )
-        return [int(class_labels)]
-
     def _image_size(self, height: int | None, width: int | None, latents: torch.Tensor | None) -> tuple[int, int]:
         """Height and width in pixels, with the defaults of a call filled in."""
         size = self.transformer.config.sample_size
@@ -634,186 +626,6 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         # The base class carries over a model only if its exact class is annotated, which this file cannot name.
         kwargs.setdefault("transformer", pipeline.transformer)
         return super().from_pipe(pipeline, **kwargs)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
-        r"""
-        Downloads a pipeline from the Hub and returns its folder in the cache.
-
-        The base class refuses repositories whose components belong to a library that diffusers does not know. This one
-        takes the files of the components in `model_index.json`, and of their weights only those of `variant` (for a
-        component that has none of it, the default ones). Components that are passed as keyword arguments are left out.
-        Without a connection the cached folder is used.
-
-        Args:
-            pretrained_model_name (`str`): the repository id.
-            cache_dir, force_download, token, local_files_only, revision: as in `huggingface_hub.snapshot_download`.
-            variant (`str`, *optional*): which weights, for example `"ema"`.
-            use_safetensors (`bool`, *optional*): by default safetensors where there are any.
-
-        Raises:
-            ValueError: the repository has no weights of `variant`.
-            OSError: the repository holds no pipeline, or cannot be reached and is not cached.
-        """
-        repo_id = str(pretrained_model_name)
-        hub_kwargs: dict[str, Any] = {name: kwargs.get(name) for name in ("cache_dir", "token", "revision")}
-        if kwargs.get("local_files_only"):
-            return _cached_folder(repo_id, cls.config_name, None, **hub_kwargs)
-        try:
-            info = HfApi(token=kwargs.get("token")).model_info(repo_id, revision=kwargs.get("revision"))
-        except RevisionNotFoundError:
-            raise
-        except Exception as error:  # what a lost connection raises differs between versions of huggingface_hub
-            return _cached_folder(repo_id, cls.config_name, error, **hub_kwargs)
-
-        filenames = [sibling.rfilename for sibling in info.siblings or []]
-        if cls.config_name not in filenames:
-            raise OSError(f"The repository {repo_id!r} holds no diffusers pipeline: it has no file {cls.config_name}.")
-        force_download = bool(kwargs.get("force_download"))
-        index_file = hf_hub_download(repo_id, cls.config_name, force_download=force_download, **hub_kwargs)
-        index = json.loads(Path(index_file).read_text(encoding="utf-8"))
-        files = select_pipeline_files(
-            filenames, index, kwargs.keys(), kwargs.get("variant"), kwargs.get("use_safetensors")
-        )
-        return snapshot_download(
-            repo_id,
-            allow_patterns=files,
-            force_download=force_download,
-            user_agent={"pipeline_class": cls.__name__},
-            **hub_kwargs,
-        )
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        r"""
-        Saves the pipeline; see [`DiffusionPipeline.save_pretrained`]. With `push_to_hub` a `README.md` in
-        `save_directory` is uploaded as it is, and without one a card that the repository has is left alone.
-        """
-        push_kwargs = {name: kwargs.pop(name, None) for name in ("repo_id", "commit_message", "private", "token")}
-        create_pr = kwargs.pop("create_pr", False)
-        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
-        if push_to_hub:
-            push_kwargs["repo_id"] = push_kwargs["repo_id"] or Path(save_directory).resolve().name
-            self._push_folder(save_directory, create_pr=create_pr, **push_kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> str:
-        r"""
-        Uploads the pipeline; see [`PushToHubMixin.push_to_hub`]. A card that the repository has is left alone; else
-        the `README.md` of the local folder from which the pipeline was loaded becomes its card.
-        """
-        card = Path(self.config.get("_name_or_path") or "") / "README.md"
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            return self._push_folder(folder, repo_id, commit_message, private, token, create_pr, subfolder, card)
-
-    def _push_folder(
-        self,
-        folder: str | os.PathLike,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        subfolder: str | None = None,
-        first_card: Path | None = None,
-    ) -> str:
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        card = Path(folder) / "README.md"
-        if not subfolder and not card.is_file() and not HfApi(token=token).file_exists(repo_id, card.name):
-            if first_card is not None and first_card.is_file():
-                shutil.copyfile(first_card, card)
-            else:
-                populate_model_card(load_or_create_model_card(repo_id, token=token, is_pipeline=True)).save(card)
-        return self._upload_folder(
-            folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
-        )
-
-
-def select_pipeline_files(
-    filenames: Iterable[str],
-    index: Mapping[str, Any],
-    passed_components: Iterable[str] = (),
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
-) -> list[str]:
-    """
-    The files of a repository that a pipeline needs.
-
-    Args:
-        filenames (`Iterable[str]`): all files of the repository.
-        index (`Mapping[str, Any]`): the content of its `model_index.json`.
-        passed_components (`Iterable[str]`): components whose files are not needed.
-        variant (`str`, *optional*): the variant of the weights; a component that lacks it gets its default weights.
-        use_safetensors (`bool`, *optional*): `True` excludes and `False` prefers `.bin` weights, which are otherwise
-            chosen only where there are no others.
-
-    Raises:
-        ValueError: no component has weights of `variant`.
-    """
-    filenames, passed = set(filenames), set(passed_components)
-    kinds = {None: ["safetensors", "bin"], True: ["safetensors"], False: ["bin", "safetensors"]}[use_safetensors]
-    code = [f"{index['_class_name'][0]}.py"] if isinstance(index.get("_class_name"), list) else []
-    selected = ["model_index.json", *(name for name in code if name in filenames)]
-    found: set[str] = set()
-    chosen_variants: set[str | None] = set()
-    for component, entry in index.items():
-        if component.startswith("_") or not isinstance(entry, list) or entry[0] is None or component in passed:
-            continue
-        weights: dict[tuple[str | None, str], list[str]] = {}
-        for filename in sorted(filenames):
-            folder, _, name = filename.rpartition("/")
-            if folder != component:
-                continue
-            if name.endswith((".json", ".py")):
-                selected.append(filename)
-            elif match := WEIGHT_FILE.fullmatch(name):
-                weights.setdefault((match["variant"], match["kind"]), []).append(filename)
-        found |= {name for name, _ in weights if name is not None}
-        choices = [(name, kind) for name in dict.fromkeys([variant, None]) for kind in kinds]
-        choice = next((choice for choice in choices if choice in weights), None)
-        if choice is not None:
-            chosen_variants.add(choice[0])
-            selected += weights[choice]
-    if variant is not None and chosen_variants and variant not in chosen_variants:
-        raise ValueError(
-            f"The repository has no weights of `variant` {variant!r}: leave it out for the default weights"
-            + (f", or choose one of {', '.join(sorted(found))}." if found else ".")
-        )
-    return selected
-
-
-def _cached_folder(repo_id: str, config_name: str, error: Exception | None, **hub_kwargs: Any) -> str:
-    """The cached folder of a repository, which is not asked or, because of `error`, does not answer."""
-    try:
-        index_file = hf_hub_download(repo_id, config_name, local_files_only=True, **hub_kwargs)
-    except FileNotFoundError:
-        if isinstance(error, HfHubHTTPError):
-            raise error from None  # it says itself what is wrong: not found, private, gated
-        reason = "`local_files_only` is set" if error is None else f"the Hub cannot be reached ({error})"
-        raise OSError(
-            f"The repository {repo_id!r} is not in the cache and {reason}: allow a connection, or pass the path of a "
-            "local folder."
-        ) from error
-    if error is not None:
-        logger.warning(f"The Hub does not answer for {repo_id!r} ({error}): its cached files are used.")
-    return str(Path(index_file).parent)
 
 
 def _guide(velocity: torch.Tensor, scale: float, channels: int | None = None) -> torch.Tensor:
