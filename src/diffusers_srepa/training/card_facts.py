@@ -21,8 +21,8 @@ from diffusers_srepa.alignment.schedule import (
     as_schedule,
 )
 from diffusers_srepa.alignment.term import DEFAULT, AlignmentTerm, Tap
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.model_card import ModelCardFacts
 from diffusers_srepa.training.teachers import teacher_settings
 
@@ -143,7 +143,7 @@ def _settings(config: TrainingConfig, terms: Mapping[str, AlignmentTerm]) -> dic
         f"{optimizer.weight_decay}, learning rate {schedule}",
         "Gradient norm": f"clipped at {optimizer.max_grad_norm}" if optimizer.max_grad_norm else "not clipped",
         "Label dropout": str(config.model.class_dropout_prob),
-        "Flow": f"{config.flow.path} path, {config.flow.timestep_law} times",
+        "Flow": f"{config.flow.path} path, {config.flow.timestep_sampling} times",
         "Horizontal flips": "yes" if config.data.horizontal_flip else "no",
         "Sampler": f"{_SAMPLERS[sampling.scheduler]}, {sampling.num_inference_steps} steps",
     }

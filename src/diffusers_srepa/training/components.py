@@ -14,6 +14,7 @@ from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.alignment.build import build_terms
 from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.term import DEFAULT
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.data.datasets import load_image_dataset
 from diffusers_srepa.data.order import GlobalBatchSampler
 from diffusers_srepa.errors import ConfigurationError
@@ -21,7 +22,6 @@ from diffusers_srepa.latents.build import load_codec
 from diffusers_srepa.latents.codec import LatentCodec
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.teachers.auto_teacher import Teacher
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.student import build_student, build_transformer, student_patch_size, token_grid
 from diffusers_srepa.training.teachers import build_teacher, teacher_settings
 

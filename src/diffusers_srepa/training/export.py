@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
 from diffusers_srepa.latents.codec import LatentCodec
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
@@ -19,7 +20,6 @@ from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from diffusers_srepa.training.checkpoint_folder import TEMPORARY_PREFIX, flush
 from diffusers_srepa.training.checkpoints import CheckpointError
-from diffusers_srepa.training.config import TrainingConfig
 
 
 def build_scheduler(config: TrainingConfig) -> Any:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from diffusers_srepa.configuration.sections import LoopConfig
 from diffusers_srepa.data.order import BatchLayout
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config_sections import LoopConfig
 
 
 def check_environment(environment: Mapping[str, str] | None = None) -> None:

@@ -15,13 +15,13 @@ from torch import nn
 
 from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.term import DEFAULT
+from diffusers_srepa.configuration.sections import FlowConfig
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.interpolant import Interpolant, timesteps_from_uniform
 from diffusers_srepa.latents.codec import LatentCodec
 from diffusers_srepa.randomness import keyed_rand, keyed_randn
 from diffusers_srepa.teachers.auto_teacher import Teacher
 from diffusers_srepa.tokens import TeacherFeatures
-from diffusers_srepa.training.config_sections import FlowConfig
 
 
 @dataclass
@@ -151,7 +151,7 @@ class AlignedFlowMatching:
         uniform = keyed_rand(self.seed, "time", step, positions)
         flow = self.flow
         times = timesteps_from_uniform(
-            uniform, self.interpolant, flow.timestep_law, flow.lognormal_mean, flow.lognormal_std
+            uniform, self.interpolant, flow.timestep_sampling, flow.lognormal_mean, flow.lognormal_std
         )
         return times.float()
 

@@ -9,8 +9,8 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffusers_srepa.configuration.sections import OptimizerConfig
 from diffusers_srepa.errors import ConfigurationError, close_matches
-from diffusers_srepa.training.config_sections import OptimizerConfig
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.training import hub
 from diffusers_srepa.training.card_facts import facts_from_config
 from diffusers_srepa.training.components import Components
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.model_card import write_model_card
 from diffusers_srepa.training.run_folder import METRICS_FILE
 

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from tqdm import tqdm
 
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.training.components import Components
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.ema import warn_if_average_is_young
 from diffusers_srepa.training.meter import Meter
 from diffusers_srepa.training.tracking import RunLog

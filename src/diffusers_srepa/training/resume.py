@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate.logging import get_logger
 
+from diffusers_srepa.configuration.comparison import differing_options
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.training.batches import check_same_stream
 from diffusers_srepa.training.checkpoint_folder import find_checkpoint
 from diffusers_srepa.training.checkpoints import RunState, read_state
-from diffusers_srepa.training.compare import check_same_options
-from diffusers_srepa.training.config import TrainingConfig
+from diffusers_srepa.training.run_folder import CONFIG_FILE
 
 
 logger = get_logger(__name__)
@@ -50,7 +52,13 @@ def find_resume(config: TrainingConfig, dataset: Any, num_processes: int) -> Res
     if folder is None:
         logger.warning(f"there is no checkpoint in {output_dir} yet: the run starts from the beginning.")
         return None
-    check_same_options(folder, config)
+    before = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    changed = differing_options(before, config.to_dict(), type(config))
+    if changed and not config.resume_with_changes:
+        raise ConfigurationError(
+            f"the checkpoint {folder} was trained otherwise ({'; '.join(changed)}): set these options back, or "
+            "set --resume_with_changes."
+        )
     state = read_state(folder)
     _check_same_run(folder, state, config, dataset.fingerprint)
     if not config.resume_with_changes:

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config import TrainingConfig
 
 
 CONFIG_FILE = "config.yaml"

@@ -17,11 +17,11 @@ from diffusers_srepa.alignment.build import build_projector
 from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.presets import default_depth
 from diffusers_srepa.alignment.term import DEFAULT
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError, close_matches
 from diffusers_srepa.latents.codec import LatentCodec
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from diffusers_srepa.teachers.auto_teacher import Teacher
-from diffusers_srepa.training.config import TrainingConfig
 
 
 logger = get_logger(__name__)

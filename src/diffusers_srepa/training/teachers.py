@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from diffusers_srepa.alignment.term import DEFAULT
+from diffusers_srepa.configuration.sections import TeacherConfig
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError, close_matches
 from diffusers_srepa.teachers.auto_teacher import Teacher
-from diffusers_srepa.training.config import TrainingConfig
-from diffusers_srepa.training.config_sections import TeacherConfig
 
 
 def teacher_settings(config: TrainingConfig, name: str) -> TeacherConfig:

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from PIL import Image
 
+from diffusers_srepa.configuration.options import flatten
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.run_folder import METRICS_FILE
 
 
@@ -146,14 +147,3 @@ def _describe(error: Exception) -> str:
 
 def _count_lines(file: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested values under dotted names, with lists and None as text, as hyper-parameter tables take them."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat

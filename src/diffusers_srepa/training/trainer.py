@@ -15,13 +15,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.interpolant import get_interpolant
 from diffusers_srepa.training import checkpoint_folder, checkpoints, publish
 from diffusers_srepa.training.accelerator import build_accelerator
 from diffusers_srepa.training.batches import training_batches
 from diffusers_srepa.training.checkpoints import RunState
+from diffusers_srepa.training.checks import check_names
 from diffusers_srepa.training.components import build_components
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.ema import WeightAverage
 from diffusers_srepa.training.finite import FiniteGuard, poison_unless_finite
 from diffusers_srepa.training.interruption import StopRequest, TrainingInterrupted
@@ -58,6 +59,8 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig) -> None:
         config.validate()
+        check_names(config)
+        config.training.mixed_precision = config.training.mixed_precision or "bf16"
         check_environment()
         check_output_folder(config)
         self.config = config

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from diffusers_srepa.configuration.sections import SamplingConfig, ValidationConfig
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
-from diffusers_srepa.training.config_sections import SamplingConfig, ValidationConfig
 
 
 def validation_labels(config: ValidationConfig, num_classes: int) -> list[int | str]:

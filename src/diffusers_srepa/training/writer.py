@@ -13,11 +13,11 @@ from accelerate.logging import get_logger
 from PIL import Image
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.training import export, publish, validation
 from diffusers_srepa.training.checkpoint_folder import prune_checkpoints
 from diffusers_srepa.training.checkpoints import RunState, save_checkpoint
 from diffusers_srepa.training.components import Components
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.ema import WeightAverage
 from diffusers_srepa.training.sharding import gather
 from diffusers_srepa.training.snapshot import rebuild, take_snapshot
