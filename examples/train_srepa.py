@@ -15,6 +15,7 @@ from diffusers_srepa import (
     DataError,
     Trainer,
     TrainingInterrupted,
+    explain_open_values,
     parse_training_config,
     set_up_console,
 )
@@ -22,7 +23,7 @@ from diffusers_srepa import (
 
 def main() -> None:
     """Parse, build, train."""
-    config = parse_training_config()
+    config = parse_training_config(explain=explain_open_values)
     set_up_console()
     try:
         Trainer(config).train()

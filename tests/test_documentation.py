@@ -22,9 +22,9 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 from diffusers_srepa.alignment.build import OBJECTIVES, PROJECTORS, build_terms
 from diffusers_srepa.alignment.schedule import HardStop
 from diffusers_srepa.alignment.term import AlignmentTerm
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.teachers import families
 from diffusers_srepa.tokens import TokenMap
-from diffusers_srepa.training.command_line import load_training_config
 from tests.helpers.aligned_step import PlainTransformer
 from tests.helpers.tiny_pipeline import tiny_pipeline
 

@@ -29,8 +29,8 @@ from diffusers_srepa import AlignedDenoiser, AutoencoderKLCodec, SiTPipeline, Te
 from diffusers_srepa.alignment.build import load_projector
 from diffusers_srepa.alignment.presets import default_depth
 from diffusers_srepa.alignment.term import DEFAULT
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.interpolant import get_interpolant
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.visualization.figures import plot_loss_curves, plot_similarity_maps, save_image_grid
 from diffusers_srepa.visualization.similarity import similarity_maps
 

@@ -53,14 +53,15 @@ _PUBLIC = {
     "TeacherFeatures": "tokens",
     "TokenMap": "tokens",
     "Trainer": "training.trainer",
-    "TrainingConfig": "training.config",
+    "TrainingConfig": "configuration.training",
     "TrainingInterrupted": "training.interruption",
     "WarmUp": "alignment.schedule",
     "convert_checkpoint": "conversion.convert",
     "export_checkpoint": "conversion.to_repa",
+    "explain_open_values": "training.checks",
     "gram_kl_loss": "alignment.structural.exact",
     "gram_mse_loss": "alignment.structural.exact",
-    "parse_training_config": "training.command_line",
+    "parse_training_config": "configuration.command_line",
     "set_up_console": "training.console",
 }
 
@@ -112,6 +113,8 @@ if TYPE_CHECKING:
     from diffusers_srepa.alignment.structural.exact import gram_mse_loss as gram_mse_loss
     from diffusers_srepa.alignment.term import AlignmentTerm as AlignmentTerm
     from diffusers_srepa.alignment.term import Tap as Tap
+    from diffusers_srepa.configuration.command_line import parse_training_config as parse_training_config
+    from diffusers_srepa.configuration.training import TrainingConfig as TrainingConfig
     from diffusers_srepa.conversion.convert import convert_checkpoint as convert_checkpoint
     from diffusers_srepa.conversion.to_repa import export_checkpoint as export_checkpoint
     from diffusers_srepa.errors import ConfigurationError as ConfigurationError
@@ -128,8 +131,7 @@ if TYPE_CHECKING:
     from diffusers_srepa.teachers.auto_teacher import Teacher as Teacher
     from diffusers_srepa.tokens import TeacherFeatures as TeacherFeatures
     from diffusers_srepa.tokens import TokenMap as TokenMap
-    from diffusers_srepa.training.command_line import parse_training_config as parse_training_config
-    from diffusers_srepa.training.config import TrainingConfig as TrainingConfig
+    from diffusers_srepa.training.checks import explain_open_values as explain_open_values
     from diffusers_srepa.training.console import set_up_console as set_up_console
     from diffusers_srepa.training.interruption import TrainingInterrupted as TrainingInterrupted
     from diffusers_srepa.training.trainer import Trainer as Trainer

@@ -151,9 +151,9 @@ def _add_sample(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
 def _sample(arguments: argparse.Namespace) -> None:
     import torch
 
+    from diffusers_srepa.configuration.sections import SamplingConfig, ValidationConfig
     from diffusers_srepa.errors import ConfigurationError
     from diffusers_srepa.pipelines.hub import SiTPipeline
-    from diffusers_srepa.training.config_sections import SamplingConfig, ValidationConfig
     from diffusers_srepa.training.validation import check_labels, sample_images, write_validation
 
     for name in ("images_per_class", "batch_size", "num_inference_steps"):

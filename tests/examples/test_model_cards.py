@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from diffusers_srepa.training.command_line import load_training_config
+from diffusers_srepa.configuration.command_line import load_training_config
 from tests.hub.card_rules import validate_card
 
 

@@ -17,11 +17,11 @@ import yaml
 
 from diffusers_srepa.alignment.build import build_projector, build_terms
 from diffusers_srepa.alignment.presets import METHOD_PRESETS, default_depth
+from diffusers_srepa.configuration.command_line import load_training_config
+from diffusers_srepa.configuration.sweeps import read_variants
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
-from diffusers_srepa.training.command_line import load_training_config
-from diffusers_srepa.training.config import TrainingConfig
-from diffusers_srepa.training.sweeps import read_variants
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,7 +228,11 @@ def test_a_configuration_that_changes_is_noticed(option: list[str]) -> None:
 def test_page_and_folder_hold_the_same_runs() -> None:
     files = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
     files -= {"quickstart.yaml", "base_imagenet_256.yaml", "base_imagenet_512.yaml"}
-    runs = {(file, variant) for file in files for variant in (list(read_variants(CONFIGS / file)) or [None])}
+    runs = {
+        (file, variant)
+        for file in files
+        for variant in (list(read_variants(CONFIGS / file, TrainingConfig)) or [None])
+    }
     in_table_8 = {(linked_file(cell), None) for row in TABLE_8.values() for cell in row.values() if "](" in cell}
     assert {row.run for row in ROWS} | in_table_8 == runs
 

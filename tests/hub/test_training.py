@@ -11,8 +11,8 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import HfApi, ModelCard
 
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.pipelines.hub import SiTPipeline
-from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.hub import HubError
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import write_assets

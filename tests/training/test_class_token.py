@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch.nn import functional as F
 
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.pipelines.hub import SiTPipeline
-from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
 
 

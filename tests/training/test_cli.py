@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusers_srepa.cli import main
-from diffusers_srepa.training.command_line import load_training_config
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import RESOLUTION
 

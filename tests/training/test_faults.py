@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.training import export, interruption
 from diffusers_srepa.training.checkpoints import CheckpointError, read_state
-from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.interruption import StopRequest, TrainingInterrupted, outlive_signals
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import write_assets

@@ -9,7 +9,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
-from diffusers_srepa.training.command_line import load_training_config
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.training.method import MethodOutput
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import write_assets

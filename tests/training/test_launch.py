@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+from diffusers_srepa.configuration.sections import LoopConfig
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config_sections import LoopConfig
 from diffusers_srepa.training.launch import check_environment, check_processes, micro_batch_size
 from diffusers_srepa.training.sharding import prepare_sharding
 

@@ -14,12 +14,12 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from diffusers_srepa.configuration.command_line import load_training_config
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from diffusers_srepa.training.card_facts import facts_from_config
-from diffusers_srepa.training.command_line import load_training_config
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.licence_notes import licence_note
 from diffusers_srepa.training.model_card import ModelCardFacts, package_versions, public_config, write_model_card
 from diffusers_srepa.training.publishable import publishable_versions

@@ -7,8 +7,8 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from diffusers_srepa.configuration.sections import OptimizerConfig
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config_sections import OptimizerConfig
 from diffusers_srepa.training.ema import WeightAverage, warn_if_average_is_young
 from diffusers_srepa.training.optimization import build_lr_schedule, build_optimizer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusers_srepa.training.command_line import load_training_config
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
 
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
 
 

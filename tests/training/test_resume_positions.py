@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.errors import DataError
-from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
 
 
@@ -71,7 +71,7 @@ def test_stopping_and_resuming_with_loader_processes_changes_nothing(
 
 SCRIPT = (
     "import sys\n"
-    "from diffusers_srepa.training.command_line import load_training_config\n"
+    "from diffusers_srepa.configuration.command_line import load_training_config\n"
     "from diffusers_srepa.training.trainer import Trainer\n"
     "Trainer(load_training_config(sys.argv[1:])).train()\n"
 )

@@ -9,10 +9,10 @@ import pytest
 from datasets import ClassLabel
 from PIL import Image
 
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.data import streaming
 from diffusers_srepa.errors import ConfigurationError, DataError
 from diffusers_srepa.training.checkpoint_folder import write_manifest
-from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_images import image_table, png
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.run_folder import (
     check_output_folder,
     checkpoint_folders,

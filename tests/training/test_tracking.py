@@ -10,7 +10,7 @@ import pytest
 from accelerate import tracking as accelerate_tracking
 from accelerate.tracking import GeneralTracker
 
-from diffusers_srepa.training.command_line import load_training_config
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import write_assets
 

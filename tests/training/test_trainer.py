@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.pipelines.hub import SiTPipeline
-from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import write_clip
 

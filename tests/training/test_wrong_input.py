@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
 
 

@@ -51,4 +51,4 @@ def find_preset(name: str) -> tuple[Any, dict[str, Any]]:
         if name in found.PRESETS:
             return found, dict(found.PRESETS[name])
         known += found.PRESETS
-    raise ConfigurationError(f"there is no model `preset` {name!r}, {close_matches(name, known)}")
+    raise ConfigurationError(f"there is no model preset {name!r}, {close_matches(name, known)} (`preset`).")

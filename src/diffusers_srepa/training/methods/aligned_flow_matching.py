@@ -32,13 +32,13 @@ from diffusers_srepa.training.methods.build import (
     build_student,
     build_teacher,
     build_transformer,
-    check_names,
     resolve_num_classes,
     student_patch_size,
     teacher_settings,
     token_grid,
 )
 from diffusers_srepa.training.methods.card_facts import alignment_facts
+from diffusers_srepa.training.methods.checks import check_names
 
 
 logger = get_logger(__name__)

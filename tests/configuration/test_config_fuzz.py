@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from diffusers_srepa.training.command_line import load_training_config, parse_training_config
-from diffusers_srepa.training.config import TrainingConfig
+from diffusers_srepa.configuration.command_line import load_training_config, parse_training_config
+from diffusers_srepa.configuration.training import TrainingConfig
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.training.checks import check_names
 
 
 # The same cases at every run; FUZZ_ROUNDS and FUZZ_SEED look at more of them.
@@ -120,9 +122,14 @@ def _outcome(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         if leave.code == 0:
             return "printed"
         assert leave.code == 2
-        assert error.startswith("error: ") and error.endswith(".\n") and error.count("\n") == 1, error
+        assert error.startswith("error: ") and error.endswith((".\n", "?\n")) and error.count("\n") == 1, error
         return "refused"
     _check_valid(config)
+    try:
+        check_names(config)
+    except ConfigurationError as refused:
+        assert "\n" not in str(refused)
+        return "refused"
     return "valid"
 
 

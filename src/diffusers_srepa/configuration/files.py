@@ -1,17 +1,16 @@
-"""YAML files of a training run: read over their base, laid over one another, checked for unknown keys."""
+"""YAML files of options: read over their base, and laid over one another."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from copy import deepcopy
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 
-from diffusers_srepa.errors import ConfigurationError, close_matches
-from diffusers_srepa.training.config import TrainingConfig
+from diffusers_srepa.configuration.options import rename_former
+from diffusers_srepa.errors import ConfigurationError, one_line
 
 
 _MOST_VALUES = 10_000
@@ -29,8 +28,13 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path, config_class: type | None, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, laid over the file that its `base:` names, relative to the file itself.
+
+    Args:
+        path (`Path`): the file.
+        config_class (`type`, *optional*): dataclass whose options it holds; names that they had formerly become
+            today's.
 
     Raises:
         ConfigurationError: no such file, not YAML, not a mapping, or a `base:` that leads back to itself.
@@ -44,20 +48,21 @@ def read_yaml(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except ConfigurationError:
         raise
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise ConfigurationError(f"the configuration file {path} cannot be read: {reason}.") from None
     except (yaml.YAMLError, ValueError, AttributeError) as error:
         # PyYAML lets through whatever Python says of a number, a date or a path that cannot be.
-        message = " ".join(str(error).split()).rstrip(".")
-        raise ConfigurationError(f"the configuration file {path} is not valid YAML: {message}.") from None
+        raise ConfigurationError(f"the configuration file {path} is not valid YAML: {one_line(error)}.") from None
     values = {} if values is None else values
     check_size(values, f"the configuration file {path}")
     if not isinstance(values, dict):
         raise ConfigurationError(f"the configuration file {path} holds a {type(values).__name__}, not a mapping.")
     base = values.pop("base", None)
+    if config_class is not None:
+        values = rename_former(values, config_class)
     if base is None:
         return values
-    return merge(read_yaml(path.parent / str(base), (*_above, path.resolve())), values)
+    return merge(read_yaml(path.parent / str(base), config_class, (*_above, path.resolve())), values)
 
 
 def check_size(values: Any, described: str) -> None:
@@ -80,10 +85,15 @@ def check_size(values: Any, described: str) -> None:
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `under`: mappings merge by key unless their `name` differs, everything else is replaced."""
+    """`over` laid over `under`: mappings merge by key unless their `name` differs, everything else is replaced.
+
+    A name, such as `mlp`, below a mapping without one counts as `{name: mlp}`.
+    """
     merged = dict(deepcopy(dict(under)))
     for key, value in over.items():
         below = merged.get(key)
+        if isinstance(below, str) and isinstance(value, Mapping):
+            below = {"name": below}
         if isinstance(below, Mapping) and isinstance(value, Mapping) and _same_kind(below, value):
             merged[key] = merge(below, value)
         else:
@@ -94,27 +104,3 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _same_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     # {name: gram_kl, tau_student: 0.4} over {name: gram_mse} is another thing, not a change of the first.
     return "name" not in above or above["name"] == below.get("name", above["name"])
-
-
-def check_keys(values: Mapping[str, Any], target: type = TrainingConfig, prefix: str = "") -> None:
-    """Refuse keys that are no field of the (nested) dataclass `target`.
-
-    Raises:
-        ConfigurationError: naming the key and the closest known ones.
-    """
-    hints = get_type_hints(target)
-    for key, value in values.items():
-        if key not in hints:
-            raise ConfigurationError(
-                f"there is no option {prefix}{key}, {close_matches(str(key), hints)}"
-                + (f" (in section {prefix.rstrip('.')})" if prefix else "")
-                + "."
-            )
-        if value is None and not is_dataclass(hints[key]) and type(None) not in get_args(hints[key]):
-            raise ConfigurationError(f"option {prefix}{key} is null, but needs a value: give one, or leave it out.")
-        if is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise ConfigurationError(
-                    f"section {prefix}{key} is {value!r}, but must be a mapping of options to values."
-                )
-            check_keys(value, hints[key], f"{prefix}{key}.")

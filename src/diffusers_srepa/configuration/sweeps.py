@@ -19,19 +19,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers_srepa.configuration.files import merge, read_yaml
+from diffusers_srepa.configuration.options import rename_former
+from diffusers_srepa.configuration.values import check_names
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.config_files import check_keys, merge, read_yaml
 
 
 SWEEP_KEY = "sweep"
 
 
-def read_run_files(files: Sequence[str | Path], variant: str | None = None) -> dict[str, Any]:
+def read_run_files(
+    files: Sequence[str | Path], variant: str | None = None, config_class: type | None = None
+) -> dict[str, Any]:
     """The options that `files`, later ones over earlier ones, give together.
 
     Args:
         files (`Sequence[str | Path]`): YAML files, each read over its own `base:`.
         variant (`str`, *optional*): which run of the one file that is a sweep.
+        config_class (`type`, *optional*): dataclass whose options the variants hold; without it nobody looks.
 
     Raises:
         ConfigurationError: a file that cannot be read, a variant that is missing, unknown or misspelt inside, or
@@ -40,12 +45,12 @@ def read_run_files(files: Sequence[str | Path], variant: str | None = None) -> d
     merged: dict[str, Any] = {}
     sweep: Path | None = None
     for file in map(Path, files):
-        values = read_yaml(file)
+        values = read_yaml(file, config_class)
         if SWEEP_KEY in values:
             if sweep is not None:
                 raise ConfigurationError(f"{sweep} and {file} are both sweeps: give --config one of them.")
             sweep = file
-            values = _choose(values, variant, file)
+            values = _choose(values, variant, file, config_class)
         merged = merge(merged, values)
     if variant is not None and sweep is None:
         where = ", ".join(map(str, files)) or "no file"
@@ -56,18 +61,22 @@ def read_run_files(files: Sequence[str | Path], variant: str | None = None) -> d
     return merged
 
 
-def read_variants(file: str | Path) -> dict[str, dict[str, Any]]:
+def read_variants(file: str | Path, config_class: type) -> dict[str, dict[str, Any]]:
     """The variants of a sweep by name, each with what it changes; empty for a file that is no sweep.
+
+    Args:
+        file (`str | Path`): the sweep.
+        config_class (`type`): dataclass whose options the variants hold, such as `TrainingConfig`.
 
     Raises:
         ConfigurationError: the file cannot be read, or a variant holds what is no option.
     """
-    values = read_yaml(Path(file))
-    return _variants(values, Path(file)) if SWEEP_KEY in values else {}
+    values = read_yaml(Path(file), config_class)
+    return _variants(values, Path(file), config_class) if SWEEP_KEY in values else {}
 
 
-def _choose(values: Mapping[str, Any], variant: str | None, file: Path) -> dict[str, Any]:
-    variants = _variants(values, file)
+def _choose(values: Mapping[str, Any], variant: str | None, file: Path, config_class: type | None) -> dict[str, Any]:
+    variants = _variants(values, file, config_class)
     own = {key: value for key, value in values.items() if key != SWEEP_KEY}
     names = ", ".join(variants)
     if variant is None:
@@ -79,7 +88,7 @@ def _choose(values: Mapping[str, Any], variant: str | None, file: Path) -> dict[
     return merge(own, variants[variant])
 
 
-def _variants(values: Mapping[str, Any], file: Path) -> dict[str, dict[str, Any]]:
+def _variants(values: Mapping[str, Any], file: Path, config_class: type | None) -> dict[str, dict[str, Any]]:
     """All variants, checked: a typing error in one that is not asked for today would be met some other day."""
     sweep = values[SWEEP_KEY]
     if not isinstance(sweep, Mapping) or not sweep:
@@ -95,9 +104,12 @@ def _variants(values: Mapping[str, Any], file: Path) -> dict[str, dict[str, Any]
             raise ConfigurationError(
                 f"the variant {name!r} in {file} is {options!r}, but must be a mapping of options."
             )
+        variants[name] = dict(options)
+        if config_class is None:
+            continue
+        variants[name] = rename_former(options, config_class)
         try:
-            check_keys(options)
+            check_names(variants[name], config_class)
         except ConfigurationError as error:
             raise ConfigurationError(f"in the variant {name!r} of {file}, {error}") from None
-        variants[name] = dict(options)
     return variants
