@@ -58,7 +58,7 @@ _PUBLIC = {
     "WarmUp": "alignment.schedule",
     "convert_checkpoint": "conversion.convert",
     "export_checkpoint": "conversion.to_repa",
-    "explain_open_values": "training.checks",
+    "explain_open_values": "training.methods.checks",
     "gram_kl_loss": "alignment.structural.exact",
     "gram_mse_loss": "alignment.structural.exact",
     "parse_training_config": "configuration.command_line",
@@ -131,7 +131,7 @@ if TYPE_CHECKING:
     from diffusers_srepa.teachers.auto_teacher import Teacher as Teacher
     from diffusers_srepa.tokens import TeacherFeatures as TeacherFeatures
     from diffusers_srepa.tokens import TokenMap as TokenMap
-    from diffusers_srepa.training.checks import explain_open_values as explain_open_values
+    from diffusers_srepa.training.methods.checks import explain_open_values as explain_open_values
     from diffusers_srepa.training.console import set_up_console as set_up_console
     from diffusers_srepa.training.interruption import TrainingInterrupted as TrainingInterrupted
     from diffusers_srepa.training.trainer import Trainer as Trainer

@@ -16,7 +16,7 @@ from diffusers_srepa.configuration.sweeps import read_variants
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS
-from diffusers_srepa.training.checks import check_names, explain_open_values
+from diffusers_srepa.training.methods.checks import check_names, explain_open_values
 
 
 REQUIRED = ["--output_dir", "out", "--data.dataset", "images"]

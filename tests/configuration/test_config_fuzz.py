@@ -16,7 +16,7 @@ import yaml
 from diffusers_srepa.configuration.command_line import load_training_config, parse_training_config
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.checks import check_names
+from diffusers_srepa.training.methods.checks import check_names
 
 
 # The same cases at every run; FUZZ_ROUNDS and FUZZ_SEED look at more of them.
