@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from diffusers_srepa.alignment.build import build_projector, build_terms
 from diffusers_srepa.alignment.presets import METHOD_PRESETS, default_depth
+from diffusers_srepa.alignment.registry import build_projector, build_terms
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from diffusers_srepa.training.command_line import load_training_config

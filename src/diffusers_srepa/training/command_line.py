@@ -85,7 +85,7 @@ def resolve(values: Mapping[str, Any], parser: ArgumentParser | None = None, val
 def _check_names(config: TrainingConfig) -> None:
     """Refuse an unknown model preset, and alignment terms that name or hold what does not exist."""
     # Imported here, so that --help stays quick.
-    from diffusers_srepa.alignment.build import build_terms
+    from diffusers_srepa.alignment.registry import build_terms
     from diffusers_srepa.models.transformer_sit import SIT_PRESETS
 
     if config.model.preset not in SIT_PRESETS:

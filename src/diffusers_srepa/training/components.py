@@ -11,8 +11,8 @@ from accelerate.logging import get_logger
 from torch.utils.data import IterableDataset
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
-from diffusers_srepa.alignment.build import build_terms
 from diffusers_srepa.alignment.loss import AlignmentLoss
+from diffusers_srepa.alignment.registry import build_terms
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.data.datasets import load_image_dataset
 from diffusers_srepa.data.order import GlobalBatchSampler

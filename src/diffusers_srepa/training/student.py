@@ -13,9 +13,9 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
-from diffusers_srepa.alignment.build import build_projector
 from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.presets import default_depth
+from diffusers_srepa.alignment.registry import build_projector
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.errors import ConfigurationError, close_matches
 from diffusers_srepa.latents.codec import LatentCodec
