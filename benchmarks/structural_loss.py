@@ -23,8 +23,8 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from diffusers_srepa.alignment.structural.exact import choose_mse_form, gram_kl_loss, gram_mse_loss
-from diffusers_srepa.alignment.structural.fused import obstacle
+from diffusers_srepa.alignment.gram.losses import choose_mse_form, gram_kl_loss, gram_mse_loss
+from diffusers_srepa.alignment.gram.triton_launch import obstacle
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 
 

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
-from diffusers_srepa.alignment.build import OBJECTIVES, PROJECTORS, build_terms
+from diffusers_srepa.alignment.registry import OBJECTIVES, PROJECTORS, build_terms
 from diffusers_srepa.alignment.schedule import HardStop
 from diffusers_srepa.alignment.term import AlignmentTerm
 from diffusers_srepa.configuration.command_line import load_training_config

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from diffusers_srepa.tokens import TeacherFeatures, TokenMap, map_to_tokens, resize_token_map, tokens_to_map
+from diffusers_srepa.tokens import TeacherFeatures, TokenMap, resize_token_map
 
 
 def test_order_is_row_major() -> None:
-    tokens = torch.arange(6.0).reshape(1, 6, 1)
-    assert tokens_to_map(tokens, (2, 3))[0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    back, grid = map_to_tokens(tokens_to_map(tokens, (2, 3)))
-    assert grid == (2, 3) and torch.equal(back, tokens)
+    token_map = TokenMap(torch.arange(6.0).reshape(1, 6, 1), (2, 3))
+    assert token_map.patch_map()[0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    back = TokenMap.from_map(token_map.patch_map())
+    assert back.grid == (2, 3) and torch.equal(back.tokens, token_map.tokens)
 
 
 def test_prefix_tokens_come_first() -> None:

@@ -26,7 +26,7 @@ from PIL import Image
 from sklearn.svm import SVC
 
 from diffusers_srepa import AlignedDenoiser, AutoencoderKLCodec, SiTPipeline, Teacher, TokenMap, parse_training_config
-from diffusers_srepa.alignment.build import load_projector
+from diffusers_srepa.alignment.registry import load_projector
 from diffusers_srepa.alignment.presets import default_depth
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.configuration.training import TrainingConfig

@@ -18,35 +18,35 @@ _PUBLIC = {
     "AlignmentOutput": "alignment.loss",
     "AlignmentTerm": "alignment.term",
     "AutoencoderKLCodec": "latents.autoencoder_kl",
-    "BatchCKAAlignment": "alignment.objectives.cka",
+    "BatchCKAAlignment": "alignment.objectives.batch",
     "CKAAlignment": "alignment.objectives.cka",
     "ConfigurationError": "errors",
     "Constant": "alignment.schedule",
     "ConvProjector": "alignment.projectors",
-    "CosineAlignment": "alignment.objectives.cosine",
+    "CosineAlignment": "alignment.objectives.pointwise",
     "CosineDecay": "alignment.schedule",
     "CosineInterpolant": "interpolant",
     "DataError": "errors",
-    "DispersiveAlignment": "alignment.objectives.dispersive",
-    "DistanceMarginAlignment": "alignment.objectives.distance_margin",
-    "FeatureTap": "alignment.feature_tap",
+    "DispersiveAlignment": "alignment.objectives.batch",
+    "DistanceMarginAlignment": "alignment.objectives.gram",
+    "FeatureTap": "hooks",
     "FlowMatchEulerMaruyamaScheduler": "schedulers.scheduling_flow_match_euler_maruyama",
-    "GramKLAlignment": "alignment.objectives.gram_kl",
-    "GramMSEAlignment": "alignment.objectives.gram_mse",
+    "GramKLAlignment": "alignment.objectives.gram",
+    "GramMSEAlignment": "alignment.objectives.gram",
     "HardStop": "alignment.schedule",
-    "LayerSyncAlignment": "alignment.objectives.layer_sync",
+    "LayerSyncAlignment": "alignment.objectives.pointwise",
     "LinearDecay": "alignment.schedule",
     "LinearInterpolant": "interpolant",
     "LinearProjector": "alignment.projectors",
     "MLPProjector": "alignment.projectors",
     "PixelCodec": "latents.pixels",
-    "PositiveGramAlignment": "alignment.objectives.positive_gram",
+    "PositiveGramAlignment": "alignment.objectives.gram",
     "Product": "alignment.schedule",
-    "RKDDistanceAlignment": "alignment.objectives.rkd_distance",
+    "RKDDistanceAlignment": "alignment.objectives.relational",
     "Schedule": "alignment.schedule",
     "SiTPipeline": "pipelines.hub",
     "SiTTransformer2DModel": "models.transformer_sit",
-    "SimilarityPreservingAlignment": "alignment.objectives.similarity_preserving",
+    "SimilarityPreservingAlignment": "alignment.objectives.batch",
     "SpatialNorm": "alignment.spatial_norm",
     "Tap": "alignment.term",
     "Teacher": "teachers.auto_teacher",
@@ -54,15 +54,15 @@ _PUBLIC = {
     "TokenMap": "tokens",
     "Trainer": "training.trainer",
     "TrainingConfig": "configuration.training",
-    "TrainingInterrupted": "training.interruption",
+    "TrainingInterrupted": "training.signals",
     "WarmUp": "alignment.schedule",
     "convert_checkpoint": "conversion.convert",
     "export_checkpoint": "conversion.to_repa",
     "explain_open_values": "training.methods.checks",
-    "gram_kl_loss": "alignment.structural.exact",
-    "gram_mse_loss": "alignment.structural.exact",
+    "gram_kl_loss": "alignment.gram.losses",
+    "gram_mse_loss": "alignment.gram.losses",
     "parse_training_config": "configuration.command_line",
-    "set_up_console": "training.console",
+    "set_up_console": "training.logging",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -81,23 +81,24 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     # The same names, for type checkers and editors.
     from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser as AlignedDenoiser
-    from diffusers_srepa.alignment.feature_tap import FeatureTap as FeatureTap
+    from diffusers_srepa.alignment.gram.losses import gram_kl_loss as gram_kl_loss
+    from diffusers_srepa.alignment.gram.losses import gram_mse_loss as gram_mse_loss
     from diffusers_srepa.alignment.loss import AlignmentLoss as AlignmentLoss
     from diffusers_srepa.alignment.loss import AlignmentOutput as AlignmentOutput
     from diffusers_srepa.alignment.objectives.base import AlignmentObjective as AlignmentObjective
-    from diffusers_srepa.alignment.objectives.cka import BatchCKAAlignment as BatchCKAAlignment
-    from diffusers_srepa.alignment.objectives.cka import CKAAlignment as CKAAlignment
-    from diffusers_srepa.alignment.objectives.cosine import CosineAlignment as CosineAlignment
-    from diffusers_srepa.alignment.objectives.dispersive import DispersiveAlignment as DispersiveAlignment
-    from diffusers_srepa.alignment.objectives.distance_margin import DistanceMarginAlignment as DistanceMarginAlignment
-    from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment as GramKLAlignment
-    from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment as GramMSEAlignment
-    from diffusers_srepa.alignment.objectives.layer_sync import LayerSyncAlignment as LayerSyncAlignment
-    from diffusers_srepa.alignment.objectives.positive_gram import PositiveGramAlignment as PositiveGramAlignment
-    from diffusers_srepa.alignment.objectives.rkd_distance import RKDDistanceAlignment as RKDDistanceAlignment
-    from diffusers_srepa.alignment.objectives.similarity_preserving import (
+    from diffusers_srepa.alignment.objectives.batch import BatchCKAAlignment as BatchCKAAlignment
+    from diffusers_srepa.alignment.objectives.batch import DispersiveAlignment as DispersiveAlignment
+    from diffusers_srepa.alignment.objectives.batch import (
         SimilarityPreservingAlignment as SimilarityPreservingAlignment,
     )
+    from diffusers_srepa.alignment.objectives.cka import CKAAlignment as CKAAlignment
+    from diffusers_srepa.alignment.objectives.gram import DistanceMarginAlignment as DistanceMarginAlignment
+    from diffusers_srepa.alignment.objectives.gram import GramKLAlignment as GramKLAlignment
+    from diffusers_srepa.alignment.objectives.gram import GramMSEAlignment as GramMSEAlignment
+    from diffusers_srepa.alignment.objectives.gram import PositiveGramAlignment as PositiveGramAlignment
+    from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment as CosineAlignment
+    from diffusers_srepa.alignment.objectives.pointwise import LayerSyncAlignment as LayerSyncAlignment
+    from diffusers_srepa.alignment.objectives.relational import RKDDistanceAlignment as RKDDistanceAlignment
     from diffusers_srepa.alignment.projectors import ConvProjector as ConvProjector
     from diffusers_srepa.alignment.projectors import LinearProjector as LinearProjector
     from diffusers_srepa.alignment.projectors import MLPProjector as MLPProjector
@@ -109,8 +110,6 @@ if TYPE_CHECKING:
     from diffusers_srepa.alignment.schedule import Schedule as Schedule
     from diffusers_srepa.alignment.schedule import WarmUp as WarmUp
     from diffusers_srepa.alignment.spatial_norm import SpatialNorm as SpatialNorm
-    from diffusers_srepa.alignment.structural.exact import gram_kl_loss as gram_kl_loss
-    from diffusers_srepa.alignment.structural.exact import gram_mse_loss as gram_mse_loss
     from diffusers_srepa.alignment.term import AlignmentTerm as AlignmentTerm
     from diffusers_srepa.alignment.term import Tap as Tap
     from diffusers_srepa.configuration.command_line import parse_training_config as parse_training_config
@@ -119,6 +118,7 @@ if TYPE_CHECKING:
     from diffusers_srepa.conversion.to_repa import export_checkpoint as export_checkpoint
     from diffusers_srepa.errors import ConfigurationError as ConfigurationError
     from diffusers_srepa.errors import DataError as DataError
+    from diffusers_srepa.hooks import FeatureTap as FeatureTap
     from diffusers_srepa.interpolant import CosineInterpolant as CosineInterpolant
     from diffusers_srepa.interpolant import LinearInterpolant as LinearInterpolant
     from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec as AutoencoderKLCodec

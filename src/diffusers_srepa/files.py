@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from diffusers_srepa.errors import ConfigurationError
 
 
 TEMPORARY_PREFIX = ".incomplete-"
@@ -107,6 +110,22 @@ def remedy(error: BaseException) -> str:
     is_gone = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError)
     is_gone = is_gone or getattr(error, "errno", None) == errno.EROFS
     return "see what has become of the folder" if is_gone else "make room"
+
+
+def check_name(what: str, name: object) -> None:
+    """Refuse what is no plain name: names become folders, and must be names, never paths.
+
+    Args:
+        what (`str`): what is named, as the subject of the sentence.
+        name (`object`): letters, digits, `_` and `-`, at least one.
+
+    Raises:
+        ConfigurationError: it is anything else.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ConfigurationError(
+            f"{what} is {name!r}, but must be a plain name of letters, digits, '_' and '-': change the name."
+        )
 
 
 def _temporary(final: Path) -> Path:

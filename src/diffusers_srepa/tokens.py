@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
+from diffusers_srepa.errors import ConfigurationError
+
 
 @dataclass(frozen=True)
 class TokenMap:
@@ -32,7 +34,7 @@ class TokenMap:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3:
             raise ValueError(f"tokens must have shape (B, N, D), but have shape {tuple(self.tokens.shape)}.")
-        height, width = check_grid(self.grid)
+        height, width = check_grid(self.grid, "the grid of a TokenMap")
         expected = self.num_prefix_tokens + height * width
         if self.tokens.shape[1] != expected:
             raise ValueError(
@@ -57,7 +59,7 @@ class TokenMap:
 
     def patch_map(self) -> torch.Tensor:
         """The patch tokens as a map, shape `(B, D, h, w)`."""
-        return tokens_to_map(self.patch_tokens, self.grid)
+        return self.patch_tokens.transpose(1, 2).unflatten(2, self.grid)
 
     def with_tokens(self, tokens: torch.Tensor) -> TokenMap:
         """The same grid and prefix count with other `tokens` of shape `(B, P + N, D')`."""
@@ -77,9 +79,15 @@ class TokenMap:
 
     @classmethod
     def from_map(cls, feature_map: torch.Tensor) -> TokenMap:
-        """Patch tokens of a map of shape `(B, D, h, w)`, without prefix tokens."""
-        tokens, grid = map_to_tokens(feature_map)
-        return cls(tokens, grid)
+        """Patch tokens of a map of shape `(B, D, h, w)`, without prefix tokens.
+
+        Raises:
+            ValueError: the map has another number of dimensions.
+        """
+        if feature_map.ndim != 4:
+            raise ValueError(f"a feature map must have shape (B, D, h, w), but has shape {tuple(feature_map.shape)}.")
+        height, width = feature_map.shape[2:]
+        return cls(feature_map.flatten(2).transpose(1, 2), (height, width))
 
 
 @dataclass(frozen=True)
@@ -121,33 +129,17 @@ class TeacherFeatures:
         return TokenMap(tokens, self.grid, num_prefix_tokens=1)
 
 
-def check_grid(grid: object) -> tuple[int, int]:
-    """A grid as `(rows, columns)`.
+def check_grid(grid: object, what: str) -> tuple[int, int]:
+    """A grid as `(rows, columns)`; `what` names it in the error.
 
     Raises:
-        ValueError: it is not two positive integers.
+        ConfigurationError: it is not two positive whole numbers.
     """
-    if isinstance(grid, tuple | list | torch.Size) and len(grid) == 2 and all(_is_positive_integer(n) for n in grid):
-        return int(grid[0]), int(grid[1])
-    raise ValueError(f"a grid must be (rows, columns), two positive integers, but is {grid!r}.")
-
-
-def _is_positive_integer(value: object) -> bool:
     # Symbolic sizes of torch.compile are no `int`.
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool) and value > 0
-
-
-def tokens_to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Row-major tokens `(B, h * w, D)` as a map `(B, D, h, w)`."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
-
-
-def map_to_tokens(feature_map: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """A map `(B, D, h, w)` as row-major tokens `(B, h * w, D)` and their grid `(h, w)`."""
-    if feature_map.ndim != 4:
-        raise ValueError(f"a feature map must have shape (B, D, h, w), but has shape {tuple(feature_map.shape)}.")
-    height, width = feature_map.shape[2:]
-    return feature_map.flatten(2).transpose(1, 2), (height, width)
+    if isinstance(grid, tuple | list | torch.Size) and len(grid) == 2:
+        if all(isinstance(n, int | torch.SymInt) and not isinstance(n, bool) and n > 0 for n in grid):
+            return int(grid[0]), int(grid[1])
+    raise ConfigurationError(f"{what} is {grid!r}, but must be two positive whole numbers (rows, columns).")
 
 
 def resize_token_map(token_map: TokenMap, grid: tuple[int, int], mode: str = "area") -> TokenMap:
@@ -166,10 +158,8 @@ def resize_token_map(token_map: TokenMap, grid: tuple[int, int], mode: str = "ar
         raise ValueError(f"the resize mode must be 'area' or 'bilinear', but is {mode!r}.")
     if tuple(token_map.grid) == tuple(grid):
         return token_map
-    if mode == "area":
-        resized = F.interpolate(token_map.patch_map(), size=grid, mode="area")
-    else:
-        resized = F.interpolate(token_map.patch_map(), size=grid, mode="bilinear", align_corners=False, antialias=True)
-    tokens, _ = map_to_tokens(resized)
-    tokens = torch.cat([token_map.prefix_tokens, tokens], dim=1)
-    return TokenMap(tokens, (grid[0], grid[1]), token_map.num_prefix_tokens)
+    # Antialiasing and aligned corners are words of the bilinear mode alone.
+    options = {"align_corners": False, "antialias": True} if mode == "bilinear" else {}
+    resized = TokenMap.from_map(F.interpolate(token_map.patch_map(), size=grid, mode=mode, **options))
+    tokens = torch.cat([token_map.prefix_tokens, resized.tokens], dim=1)
+    return TokenMap(tokens, resized.grid, token_map.num_prefix_tokens)

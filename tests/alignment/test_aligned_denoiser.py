@@ -13,8 +13,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser, infer_grid
 from diffusers_srepa.alignment.loss import AlignmentLoss
-from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
-from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
+from diffusers_srepa.alignment.objectives.gram import GramMSEAlignment
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
 from diffusers_srepa.alignment.schedule import HardStop
 from diffusers_srepa.alignment.term import AlignmentTerm, Tap
@@ -219,7 +219,28 @@ def test_features_that_cannot_be_meant_are_refused():
     with pytest.raises(ConfigurationError, match="entries 0 to 2"):
         AlignedDenoiser(model, "transformer_blocks.7")
     with pytest.raises(ConfigurationError, match="cannot be registered"):
-        AlignedDenoiser(model, TAP, {"a.b": LinearProjector(DIM, 3)})
+        AlignedDenoiser(model, TAP, {"keys": LinearProjector(DIM, 3)})
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "..", "a/b", "/tmp", "a b", "ä", "a\n", 3])
+def test_names_of_projectors_are_names_and_never_paths(name):
+    with pytest.raises(ConfigurationError, match="the name of a projector is .* must be a plain name") as error:
+        AlignedDenoiser(golden_model("repa"), TAP, {name: LinearProjector(DIM, 3)})
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_every_module_names_the_folder_that_it_is_saved_into():
+    model = golden_model("repa")
+    own, clip = LinearProjector(DIM, 3), nn.Linear(DIM, 4)
+    projectors = {"dino_v2-b": torch.compile(own, backend="eager"), "clip": clip}
+    features = [("default", name) for name in projectors]
+    student = AlignedDenoiser(torch.compile(model, backend="eager"), TAP, projectors, features)
+    parts = student.saved_parts()
+    assert list(parts) == ["transformer", "projectors/dino_v2-b", "projectors/clip"]
+    assert parts["transformer"] is model
+    assert parts["projectors/dino_v2-b"] is own and parts["projectors/clip"] is clip
+    student.stop_features(features)
+    assert list(student.saved_parts()) == list(parts)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((8, 8), (4, 4)), ((4, 12), (2, 6)), ((12, 6), (6, 3))])
@@ -475,12 +496,11 @@ def test_stopped_features_freeze_their_projector_and_remove_their_tap():
 def test_a_frozen_projector_keeps_its_weights_in_the_module():
     student = tiny_student()
     names = list(student.state_dict())
-    student.freeze_projector("default")
+    student.stop_features(student.features)
     velocity, tokens = student(**inputs())
     assert velocity.shape == (2, 4, 8, 8) and tokens == {}
     assert list(student.state_dict()) == names
-    with pytest.raises(ConfigurationError, match="no projector 'defaut' to freeze: did you mean 'default'"):
-        student.freeze_projector("defaut")
+    assert not any(parameter.requires_grad for parameter in student.projectors.parameters())
 
 
 def test_removed_taps_leave_the_transformer_as_it_was():

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
-from diffusers_srepa.alignment.feature_tap import FeatureTap
 from diffusers_srepa.alignment.loss import AlignmentLoss
-from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
-from diffusers_srepa.alignment.objectives.distance_margin import DistanceMarginAlignment
-from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
+from diffusers_srepa.alignment.objectives.gram import DistanceMarginAlignment, GramKLAlignment
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
 from diffusers_srepa.alignment.spatial_norm import SpatialNorm
 from diffusers_srepa.alignment.term import AlignmentTerm, Tap
+from diffusers_srepa.hooks import FeatureTap
 from diffusers_srepa.tokens import TeacherFeatures, TokenMap
 from tests.helpers.tiny_sit import tiny_sit
 

@@ -8,9 +8,8 @@ import torch
 
 from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
-from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
-from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
+from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
 from diffusers_srepa.alignment.schedule import HardStop, WarmUp
 from diffusers_srepa.alignment.spatial_norm import SpatialNorm
 from diffusers_srepa.alignment.term import AlignmentTerm, Tap

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.objectives.cka import BatchCKAAlignment, CKAAlignment
-from diffusers_srepa.alignment.objectives.dispersive import DispersiveAlignment
-from diffusers_srepa.alignment.objectives.distance_margin import DistanceMarginAlignment
-from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
-from diffusers_srepa.alignment.objectives.layer_sync import LayerSyncAlignment
-from diffusers_srepa.alignment.objectives.positive_gram import PositiveGramAlignment
-from diffusers_srepa.alignment.objectives.rkd_distance import RKDDistanceAlignment
-from diffusers_srepa.alignment.objectives.similarity_preserving import SimilarityPreservingAlignment
+from diffusers_srepa.alignment.objectives.batch import (
+    BatchCKAAlignment,
+    CKAAlignment,
+    DispersiveAlignment,
+    SimilarityPreservingAlignment,
+)
+from diffusers_srepa.alignment.objectives.gram import DistanceMarginAlignment, GramMSEAlignment, PositiveGramAlignment
+from diffusers_srepa.alignment.objectives.pointwise import LayerSyncAlignment
+from diffusers_srepa.alignment.objectives.relational import RKDDistanceAlignment
 from diffusers_srepa.tokens import TokenMap
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusers_srepa.alignment.build import OBJECTIVES, build_objective
+from diffusers_srepa.alignment.registry import OBJECTIVES, build_objective
 from diffusers_srepa.tokens import TokenMap
 
 

@@ -12,11 +12,12 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.objectives.cka import BatchCKAAlignment
-from diffusers_srepa.alignment.objectives.dispersive import DispersiveAlignment
-from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
-from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
-from diffusers_srepa.alignment.objectives.similarity_preserving import SimilarityPreservingAlignment
+from diffusers_srepa.alignment.objectives.batch import (
+    BatchCKAAlignment,
+    DispersiveAlignment,
+    SimilarityPreservingAlignment,
+)
+from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.tokens import TokenMap
 
 

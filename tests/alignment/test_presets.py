@@ -1,14 +1,14 @@
 """The methods of the paper: their weights, parts and depths."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from diffusers_srepa.alignment.build import build_projector, build_target_transform, build_terms
-from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
-from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
-from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
+from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
 from diffusers_srepa.alignment.presets import (
     DEFAULT_PRESET,
     METHOD_PRESETS,
@@ -17,6 +17,7 @@ from diffusers_srepa.alignment.presets import (
     get_preset,
 )
 from diffusers_srepa.alignment.projectors import ConvProjector, MLPProjector
+from diffusers_srepa.alignment.registry import build_projector, build_target_transform, build_terms
 from diffusers_srepa.alignment.spatial_norm import SpatialNorm
 from diffusers_srepa.errors import ConfigurationError
 
@@ -112,3 +113,8 @@ def test_default_depth(num_layers, hidden_size, depth):
 def test_no_blocks_no_depth():
     with pytest.raises(ConfigurationError, match="0 blocks"):
         default_depth(0)
+
+
+def test_the_table_is_read_without_torch():
+    code = "import sys, diffusers_srepa.alignment.presets; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import diffusers_srepa
-from diffusers_srepa.alignment.build import OBJECTIVES, PROJECTORS, SCHEDULES, TARGET_TRANSFORMS
+from diffusers_srepa.alignment.registry import OBJECTIVES, PROJECTORS, SCHEDULES, TARGET_TRANSFORMS
 
 
 @pytest.mark.parametrize("registry", [OBJECTIVES, PROJECTORS, SCHEDULES, TARGET_TRANSFORMS])

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
-from diffusers_srepa.alignment.build import build_projector, build_terms
 from diffusers_srepa.alignment.loss import AlignmentLoss
-from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.registry import build_projector, build_terms
 from diffusers_srepa.alignment.term import AlignmentTerm
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.teachers.auto_teacher import Teacher

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from diffusers_srepa.alignment.build import build_terms
 from diffusers_srepa.alignment.presets import METHOD_PRESETS, alignment_preset, get_preset
+from diffusers_srepa.alignment.registry import build_terms
 from diffusers_srepa.configuration.command_line import load_training_config, parse_training_config
 from diffusers_srepa.configuration.files import merge
 from diffusers_srepa.configuration.sweeps import read_variants

@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from diffusers_srepa.alignment.build import build_projector, build_terms
 from diffusers_srepa.alignment.presets import METHOD_PRESETS, default_depth
+from diffusers_srepa.alignment.registry import build_projector, build_terms
 from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.configuration.sweeps import read_variants
 from diffusers_srepa.configuration.training import TrainingConfig

@@ -115,7 +115,7 @@ def test_a_folder_without_a_config_as_uploaded_by_a_mixin(
     check(Teacher.from_pretrained(str(tmp_path)), weights, images)
     (tmp_path / "model.safetensors").rename(tmp_path / "vit_s.safetensors")
     check(Teacher.from_pretrained(str(tmp_path), weight_name="vit_s.safetensors"), weights, images)
-    with pytest.raises(ConfigurationError, match="has no file 'other.pth': check weight_name"):
+    with pytest.raises(ConfigurationError, match="has no file 'other.pth': check `weight_name`"):
         Teacher.from_pretrained(str(tmp_path), weight_name="other.pth")
 
 

@@ -72,7 +72,7 @@ def test_half_precision_does_not_round_the_normalisation(checkpoint: Callable[[s
 
 @pytest.mark.parametrize("dtype", ["int8", "float3", torch.int64, 16])
 def test_a_dtype_that_is_not_floating_point_is_refused(dtype: object, checkpoint: Callable[[str], str]) -> None:
-    with pytest.raises(ValueError, match="dtype must be a floating-point dtype"):
+    with pytest.raises(ValueError, match="`dtype` must be a floating-point dtype"):
         Teacher.from_pretrained(checkpoint("dinov2"), dtype=dtype)
 
 
@@ -101,7 +101,7 @@ def test_a_deep_copy_taps_its_own_block(checkpoint: Callable[[str], str], images
 def test_nothing_of_the_last_batch_is_kept(checkpoint: Callable[[str], str], images: torch.Tensor) -> None:
     teacher = Teacher.from_pretrained(checkpoint("vit_mae"))
     teacher(images)
-    assert teacher.tap is not None and teacher.tap.hidden_states is None
+    assert teacher.tap is not None and teacher.tap._feature is None
 
 
 def test_the_state_dict_restores_the_features(checkpoint: Callable[[str], str], images: torch.Tensor) -> None:

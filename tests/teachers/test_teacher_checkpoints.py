@@ -143,16 +143,16 @@ def test_options_of_another_type_get_one_sentence(checkpoint: Callable[[str], st
     for options, message in (
         ({"subfolder": 3}, "subfolder of the teacher .* is 3, but must be text"),
         ({"revision": 3}, "revision of the teacher .* is 3, but must be text"),
-        ({"weight_name": "model.safetensors"}, "weight_name and a config.json without model_type are for MoCo-v3"),
+        ({"weight_name": "model.safetensors"}, "`weight_name` and a config.json without model_type are for MoCo-v3"),
         ({"weight_name": "config.json"}, "it holds other objects, or is no checkpoint"),
         ({"image_mean": "imagenet"}, "image_mean of .* must be three numbers"),
-        ({"image_std": [-1, 1, 1]}, "image_std of .* no image can be normalised: give image_mean and image_std"),
-        ({"dtype": "bf16"}, "dtype must be a floating-point dtype of torch, but is 'bf16'"),
+        ({"image_std": [-1, 1, 1]}, "image_std of .* no image can be normalised: give `image_mean` and `image_std`"),
+        ({"dtype": "bf16"}, "`dtype` must be a floating-point dtype of torch, but is 'bf16'"),
     ):
         with pytest.raises(ConfigurationError, match=message) as caught:
             Teacher.from_pretrained(folder, **options)
         assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-    with pytest.raises(ConfigurationError, match="name_or_path is empty"):
+    with pytest.raises(ConfigurationError, match="`name_or_path` is empty"):
         Teacher.from_pretrained("")
 
 

@@ -211,7 +211,7 @@ def test_blocks_after_the_tapped_one_are_dropped(checkpoint: Callable[[str], str
 
 @pytest.mark.parametrize("layer", [0, 3, -1, 1.0, True, "1"])
 def test_layer_outside_the_blocks_is_refused(layer: object, checkpoint: Callable[[str], str]) -> None:
-    with pytest.raises(ValueError, match="layer=.* must be an integer from 1 to 2"):
+    with pytest.raises(ValueError, match="`layer` .* must be an integer from 1 to 2"):
         Teacher.from_pretrained(checkpoint("dinov2"), layer=layer)
 
 

@@ -49,7 +49,7 @@ def test_rounding_of_half_precision_images_is_tolerated(teacher: Teacher) -> Non
 
 @pytest.mark.parametrize("grid", [(0, 4), (4, -1), (4,), (4, 4, 4), 4, "44", (4.0, 4.0), (True, 4)])
 def test_a_grid_that_is_not_two_positive_integers_is_refused(grid: Any, checkpoint: Callable[[str], str]) -> None:
-    with pytest.raises(ValueError, match="grid must be two positive integers"):
+    with pytest.raises(ValueError, match="teacher's `grid` is .* must be two positive whole numbers"):
         Teacher.from_pretrained(checkpoint("dinov2"), grid=grid)
 
 

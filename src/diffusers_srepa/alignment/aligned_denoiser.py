@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_srepa.alignment.feature_tap import FeatureTap, unwrap_module
 from diffusers_srepa.alignment.projectors import read_projector, save_projector
 from diffusers_srepa.alignment.term import DEFAULT, FeatureKey, describe_feature, describe_value
-from diffusers_srepa.errors import ConfigurationError, close_matches
-from diffusers_srepa.tokens import TokenMap
+from diffusers_srepa.errors import ConfigurationError, close_matches, one_line
+from diffusers_srepa.files import check_name
+from diffusers_srepa.hooks import FeatureTap, unwrap_module
+from diffusers_srepa.tokens import TokenMap, check_grid
 
 
 Grid = tuple[int, int]
@@ -84,7 +85,7 @@ class AlignedDenoiser(nn.Module):
         keys = _default_features(list(paths), names) if features is None else _feature_pairs(features)
         self.features = _check_features(keys, list(paths), names)
         self.taps = {name: FeatureTap(transformer, path) for name, path in paths.items()}
-        self.grid = None if grid is None else _check_grid(grid)
+        self.grid = None if grid is None else check_grid(grid, "the grid of an AlignedDenoiser")
         self.patch_size = _config_value(transformer, "patch_size")
         self.has_class_token = _config_value(transformer, "class_token_dim") is not None
         self.num_prefix_tokens = int(self.has_class_token)
@@ -131,21 +132,14 @@ class AlignedDenoiser(nn.Module):
         for name in [name for name in self.taps if all(tap != name for tap, _ in self.features)]:
             self.taps.pop(name).remove()
 
-    def freeze_projector(self, name: str) -> None:
-        """Stop all features through the projector `name` and freeze it.
-
-        Raises:
-            ConfigurationError: there is no such projector.
-        """
-        if name not in self.projectors:
-            hint = close_matches(name, self.projectors).rstrip("?")
-            raise ConfigurationError(f"there is no projector {name!r} to freeze: {hint}.")
-        self.projectors[name].requires_grad_(False)
-        self.stop_features([key for key in self.features if key[1] == name])
-
     def remove_taps(self) -> None:
         """Take all hooks off the transformer; no features are returned from then on."""
         self.stop_features(self.features)
+
+    def saved_parts(self) -> dict[str, nn.Module]:
+        """The modules, without wrappers, by the folder that each is saved into: `transformer`, `projectors/<name>`."""
+        projectors = {f"projectors/{name}": unwrap_module(module) for name, module in self.projectors.items()}
+        return {"transformer": unwrap_module(self.transformer)} | projectors
 
     def save_projectors(self, folder: str | Path) -> None:
         """Write every projector into `folder/<name>`; one that is no diffusers model as bare safetensors weights."""
@@ -214,16 +208,6 @@ def _tap_paths(tap: Any) -> dict[str, str]:
     return dict(paths)
 
 
-def _check_grid(grid: Any) -> Grid:
-    is_pair = isinstance(grid, tuple | list) and len(grid) == 2
-    if not is_pair or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in grid):
-        raise ConfigurationError(
-            f"the grid of an AlignedDenoiser is {describe_value(grid)}, but must be two positive whole numbers "
-            "(rows, columns)."
-        )
-    return (grid[0], grid[1])
-
-
 def _check_prefix(number: Any) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise ConfigurationError(
@@ -284,24 +268,20 @@ def _split_output(output: Any, has_class_token: bool) -> tuple[torch.Tensor, tor
 
 
 def _module_dict(projector: nn.Module | Mapping[str, nn.Module]) -> nn.ModuleDict:
-    """Projectors by name.
-
-    `nn.ModuleDict` itself is a mapping of modules, not a projector.
-    """
-    if isinstance(projector, nn.ModuleDict):
-        return projector
+    """Projectors by name; `nn.ModuleDict` itself is a mapping of modules, not a projector."""
     if not isinstance(projector, nn.Module | Mapping):
         raise ConfigurationError(
             f"the projector of an AlignedDenoiser is a {type(projector).__name__}, but must be a module such as "
             "MLPProjector(1152, 768) or a dict {name: module}."
         )
-    named = {DEFAULT: projector} if isinstance(projector, nn.Module) else dict(projector)
+    modules = projector if isinstance(projector, nn.ModuleDict | Mapping) else {DEFAULT: projector}
+    for name in modules:
+        check_name("the name of a projector", name)
     try:
-        return nn.ModuleDict(named)
+        return modules if isinstance(modules, nn.ModuleDict) else nn.ModuleDict(modules)
     except (KeyError, TypeError) as error:
         raise ConfigurationError(
-            f"the projectors {list(named)} cannot be registered ({' '.join(str(error).split())}): give modules, and "
-            "names without dots."
+            f"the projectors {list(modules)} cannot be registered ({one_line(error)}): give modules, and other names."
         ) from None
 
 

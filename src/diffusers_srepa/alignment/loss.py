@@ -158,10 +158,10 @@ def _value(
     """The raw value of one term, a scalar."""
     student = _find_feature(name, term.feature, tokens).float()
     target = _find_target(name, term, student, tokens, teachers)
-    with torch.autocast(device_type=student.tokens.device.type, enabled=False):
-        if target is not None:
+    if target is not None:
+        with torch.autocast(device_type=student.tokens.device.type, enabled=False):
             target = _fit_target(name, term, student, target)
-        value = term.objective(student, target)
+    value = term.objective(student, target)
     expected = student.tokens.shape[:1] if term.objective.scope == "sample" else ()
     if value.shape != expected:
         raise ConfigurationError(
@@ -210,7 +210,7 @@ def _find_target(
 
 
 def _fit_target(name: str, term: AlignmentTerm, student: TokenMap, target: TokenMap) -> TokenMap:
-    """The target in the student's dtype, on its grid where `resample` allows that, transformed and checked."""
+    """The target in the student's dtype, on its grid where `resample` allows that, and transformed."""
     target = target.with_tokens(target.tokens.to(student.tokens.dtype))
     if term.resample is not None:
         target = resize_token_map(target, student.grid, term.resample)
@@ -221,23 +221,7 @@ def _fit_target(name: str, term: AlignmentTerm, student: TokenMap, target: Token
                 f"the target_transform of the alignment term {name!r} returns a {type(target).__name__}, but must "
                 "return a TokenMap: use TokenMap.with_tokens."
             )
-    if tuple(target.grid) != tuple(student.grid):
-        raise ConfigurationError(
-            f"the alignment term {name!r} compares token by token, but the student's grid is {_grid(student)} and the "
-            f"target's {_grid(target)}: set the teacher's grid to {_grid(student)}, or the term's resample to 'area' "
-            "or 'bilinear'."
-        )
-    if term.objective.include_prefix_tokens and target.num_prefix_tokens != student.num_prefix_tokens:
-        raise ConfigurationError(
-            f"the alignment term {name!r} has {student.num_prefix_tokens} prefix tokens of the student and "
-            f"{target.num_prefix_tokens} of the target: set num_prefix_tokens of the AlignedDenoiser, or "
-            "include_prefix_tokens=False in the objective."
-        )
     return target
-
-
-def _grid(token_map: TokenMap) -> str:
-    return f"{token_map.grid[0]} x {token_map.grid[1]}"
 
 
 def _zero_like(tokens: Mapping[FeatureKey, TokenMap]) -> torch.Tensor:

@@ -194,8 +194,7 @@ def saved_class_name(folder: Path) -> str | None:
 
 def _per_token(projector: nn.Module, layer: nn.Module, tokens: Tokens) -> Tokens:
     if isinstance(tokens, TokenMap):
-        _check_width(projector, tokens.tokens)
-        return tokens.with_tokens(layer(tokens.tokens))
+        return tokens.with_tokens(_per_token(projector, layer, tokens.tokens))
     if not isinstance(tokens, torch.Tensor):
         raise ValueError(
             f"a {type(projector).__name__} takes a TokenMap or a tensor of tokens (B, N, D), but got a "

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from diffusers_srepa.errors import ConfigurationError
 
@@ -34,18 +34,9 @@ class Schedule(ABC):
     def stop_step(self) -> int | None:
         """The first step from which on the weight is 0 for ever; None if there is none."""
 
-    @property
-    def last_step(self) -> int | None:
-        """The last whole step before the end, -1 if the weight is 0 from the start; None if it never ends."""
-        return None if self.stop_step is None else self.stop_step - 1
-
     def stopped(self, step: float) -> bool:
         """Whether the weight is 0 at `step` and at every later step."""
         return self.stop_step is not None and step >= self.stop_step
-
-    def to_dict(self) -> dict[str, Any]:
-        """A literal of plain values from which `build_schedule` makes an equal schedule."""
-        return {"name": self.name} | {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __mul__(self, other: Schedule | float) -> Product:
         return Product((self, as_schedule(other)))
@@ -222,10 +213,6 @@ class Product(Schedule):
     def stop_step(self) -> int | None:
         ends = [factor.stop_step for factor in self.factors]
         return min((end for end in ends if end is not None), default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As for every schedule, the factors as literals in a list."""
-        return {"name": self.name, "factors": [factor.to_dict() for factor in self.factors]}
 
 
 def as_schedule(weight: Schedule | float) -> Schedule:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusers_srepa.alignment.structural.normalize import compute_dtype
+from diffusers_srepa.alignment.gram.normalize import compute_dtype
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.tokens import TokenMap
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_srepa.alignment.build import PROJECTORS
 from diffusers_srepa.alignment.projectors import CONFIG_FILE, WEIGHTS_FILE, saved_class_name
+from diffusers_srepa.alignment.registry import PROJECTORS
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.conversion.convert import Conversion
 from diffusers_srepa.conversion.projectors import to_official_names

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.teachers.block_tap import BlockTap, check_layer, find_blocks
+from diffusers_srepa.errors import ConfigurationError, one_line
+from diffusers_srepa.hooks import FeatureTap
 from diffusers_srepa.teachers.families import (
     MOCO_V3,
     TABLE,
@@ -20,7 +20,7 @@ from diffusers_srepa.teachers.families import (
     family_of,
     interpolating_inputs,
 )
-from diffusers_srepa.teachers.geometry import Grid, check_grid, read_geometry
+from diffusers_srepa.teachers.geometry import Grid, read_geometry
 from diffusers_srepa.teachers.moco_v3 import WEIGHT_NAMES, load_moco_v3
 from diffusers_srepa.teachers.position_table import install_position_table
 from diffusers_srepa.teachers.preprocessing import (
@@ -31,9 +31,9 @@ from diffusers_srepa.teachers.preprocessing import (
     normalize_images,
     resize_images,
 )
-from diffusers_srepa.teachers.source import TeacherSource, first_line
-from diffusers_srepa.teachers.vision_tower import load_config, load_tower
-from diffusers_srepa.tokens import TeacherFeatures
+from diffusers_srepa.teachers.source import TeacherSource
+from diffusers_srepa.teachers.vision_tower import find_blocks, load_config, load_tower
+from diffusers_srepa.tokens import TeacherFeatures, check_grid
 
 
 # A tower with more leading tokens than a class token and a distillation token is not understood by the generic rule.
@@ -88,12 +88,13 @@ class Teacher(nn.Module):
         self.grid = _choose_grid(grid, geometry.native_grid, name_or_path)
         self.image_mean = image_mean or family.image_mean
         self.image_std = image_std or family.image_std
-        self.layer = None if layer is None else check_layer(layer, geometry.num_layers, name_or_path)
-        self.tap: BlockTap | None = None
+        self.layer = None if layer is None else _check_layer(layer, geometry.num_layers, name_or_path)
+        self.tap: FeatureTap | None = None
         tapped_block = layer or (geometry.num_layers if family.tokens == "last_block" else None)
         if tapped_block is not None:
             blocks = find_blocks(tower, geometry.num_layers)
-            self.tap = BlockTap(blocks[tapped_block - 1])
+            # In some versions of `transformers` a block returns a tuple: entry 0 are the tokens.
+            self.tap = FeatureTap(blocks, f"{tapped_block - 1}:0")
             if family.model_type in TABLE:
                 del blocks[tapped_block:]  # nothing reads what they would compute
         install_position_table(tower, geometry.native_grid, self.grid, self.patch_size)
@@ -139,7 +140,7 @@ class Teacher(nn.Module):
         source = TeacherSource(
             path, subfolder, revision, token, None if cache_dir is None else str(cache_dir), local_files_only
         )
-        wanted_grid = None if grid is None else check_grid(grid)
+        wanted_grid = None if grid is None else check_grid(grid, "the teacher's `grid`")
         weights_dtype = _check_dtype(dtype)
         mean = None if image_mean is None else check_statistics(image_mean, "image_mean", path)
         std = None if image_std is None else check_statistics(image_std, "image_std", path)
@@ -147,8 +148,7 @@ class Teacher(nn.Module):
         if family.model_type != MOCO_V3 and (mean is None or std is None):
             own_mean, own_std = load_statistics(source, family)
             mean, std = mean or own_mean, std or own_std
-        teacher = cls(tower, family, wanted_grid, image_mean=mean, image_std=std, layer=layer, name_or_path=path)
-        return teacher
+        return cls(tower, family, wanted_grid, image_mean=mean, image_std=std, layer=layer, name_or_path=path)
 
     @property
     def input_size(self) -> Grid:
@@ -198,7 +198,7 @@ class Teacher(nn.Module):
             ValueError: images of another type, shape, dtype, aspect ratio or range. The range is read in every call on
                 the CPU and in the first call elsewhere, where reading it waits for the device.
         """
-        grid = self.grid if grid is None else check_grid(grid)
+        grid = self.grid if grid is None else check_grid(grid, "the teacher's `grid`")
         check_images(images, grid)
         # Not `inference_mode`: a loss could not save such tensors for its backward pass.
         with torch.inference_mode(False), torch.no_grad():
@@ -225,8 +225,16 @@ class Teacher(nn.Module):
         """All tokens of the tower, prefix tokens first, shape `(B, P + h * w, D)`."""
         size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
         pixel_values = normalize_images(resize_images(images, size), self.image_mean, self.image_std)
-        output = self.model(**self.family.inputs(pixel_values.to(self.dtype), self.patch_size))
-        return output.last_hidden_state if self.tap is None else self.tap.pop()
+        inputs = self.family.inputs(pixel_values.to(self.dtype), self.patch_size)
+        if self.tap is None:
+            return self.model(**inputs).last_hidden_state
+        # Not a `with` statement: dynamo cannot enter a context manager that it did not see being made.
+        self.tap.arm()
+        try:
+            self.model(**inputs)
+            return self.tap.pop()
+        finally:
+            self.tap.disarm()
 
     def _check_range_once(self, images: torch.Tensor) -> None:
         if torch.compiler.is_compiling() or (self._range_is_known and images.device.type != "cpu"):
@@ -249,7 +257,7 @@ class Teacher(nn.Module):
             shape = tuple(tokens.shape)
         except Exception as error:
             raise ConfigurationError(
-                f"{name} cannot be run at {self.input_size} pixels ({first_line(error)}): choose its own grid or one "
+                f"{name} cannot be run at {self.input_size} pixels ({one_line(error)}): choose its own `grid` or one "
                 f"of the families in docs/teachers.md."
             ) from error
         num_prefix = shape[1] - self.grid[0] * self.grid[1] if len(shape) == 3 else -1
@@ -270,13 +278,13 @@ def _load(source: TeacherSource, weight_name: str | None, dtype: torch.dtype) ->
         # Plain ViTs of timm have MoCo-v3's names, but other numbers of heads, means and standard deviations.
         raise ConfigurationError(
             f"the teacher {source.name_or_path!r} is a checkpoint of timm ({config.get('architecture')!r}), which is "
-            f"not read: choose the repository of its transformers version, or give weight_name if it is MoCo-v3."
+            f"not read: choose the repository of its transformers version, or give `weight_name` if it is MoCo-v3."
         )
     model_type = config.get("model_type")
     if model_type is not None and not isinstance(model_type, str):
         raise ConfigurationError(
             f"the config.json of the teacher {source.name_or_path!r} says model_type {model_type!r}, which is no "
-            f"name: choose another teacher."
+            f"name: change `name_or_path`."
         )
     if model_type:
         family = family_of(model_type)
@@ -288,23 +296,32 @@ def _load(source: TeacherSource, weight_name: str | None, dtype: torch.dtype) ->
             return load_moco_v3(path, dtype), TABLE[MOCO_V3]
     if weight_name:
         raise ConfigurationError(
-            f"the teacher {source.name_or_path!r} has no file {weight_name!r}: check weight_name (and, offline, that "
-            f"it was downloaded before)."
+            f"the teacher {source.name_or_path!r} has no file {weight_name!r}: check `weight_name` (and, offline, "
+            f"that it was downloaded before)."
         )
     raise ConfigurationError(
         f"the teacher {source.name_or_path!r} has no config.json that names a model_type, and no MoCo-v3 weights "
-        f"({' or '.join(WEIGHT_NAMES)}): check the name, subfolder and weight_name."
+        f"({' or '.join(WEIGHT_NAMES)}): check `name_or_path`, `subfolder` and `weight_name`."
     )
 
 
 def _choose_grid(grid: Sequence[int] | None, native_grid: Grid | None, name_or_path: str) -> Grid:
     if grid is not None:
-        return check_grid(grid)
+        return check_grid(grid, "the teacher's `grid`")
     if native_grid is None:
         raise ConfigurationError(
-            f"the config of the teacher {name_or_path!r} does not say its grid: give grid=(h, w)."
+            f"the config of the teacher {name_or_path!r} does not say its grid: give `grid` as (h, w)."
         )
     return native_grid
+
+
+def _check_layer(layer: int, num_layers: int, name_or_path: str) -> int:
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= num_layers:
+        raise ConfigurationError(
+            f"`layer` of the teacher {name_or_path!r} is {layer!r}, but must be an integer from 1 to {num_layers}, "
+            "its number of blocks."
+        )
+    return layer
 
 
 def _with_interpolation(family: TeacherFamily, tower: nn.Module) -> TeacherFamily:
@@ -319,5 +336,5 @@ def _check_dtype(dtype: Any) -> torch.dtype:
         return torch.float32
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigurationError(f"the teacher's dtype must be a floating-point dtype of torch, but is {dtype!r}.")
+        raise ConfigurationError(f"the teacher's `dtype` must be a floating-point dtype of torch, but is {dtype!r}.")
     return found

@@ -37,11 +37,12 @@ def read_geometry(config: Any, name_or_path: str) -> TowerGeometry:
     if missing:
         raise ConfigurationError(
             f"the teacher {name_or_path!r} of type {model_type!r} is not a vision transformer that this package can "
-            f"read (its config has no {missing[0]}): choose one of the families in docs/teachers.md."
+            f"read (its config has no {missing[0]}): change `name_or_path` to one of the families in docs/teachers.md."
         )
     if getattr(vision, "num_channels", 3) != 3:
         raise ConfigurationError(
-            f"the teacher {name_or_path!r} takes {vision.num_channels} channels, but images have 3: choose another."
+            f"the teacher {name_or_path!r} takes {vision.num_channels} channels, but images have 3: change "
+            "`name_or_path`."
         )
     patch_size = _square(vision.patch_size, name_or_path)
     return TowerGeometry(
@@ -53,31 +54,17 @@ def read_geometry(config: Any, name_or_path: str) -> TowerGeometry:
     )
 
 
-def check_grid(grid: Sequence[int]) -> Grid:
-    """A grid as a pair of positive integers.
-
-    Raises:
-        ConfigurationError: anything else.
-    """
-    is_pair = isinstance(grid, Sequence) and not isinstance(grid, str) and len(grid) == 2
-    if not is_pair or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in grid):
-        raise ConfigurationError(
-            f"the teacher's grid must be two positive integers (rows, columns) of tokens, but is {grid!r}."
-        )
-    return grid[0], grid[1]
-
-
 def _square(patch_size: Any, name_or_path: str) -> int:
     sides = set(patch_size) if isinstance(patch_size, Sequence) else {patch_size}
     if any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides) or not sides:
         raise ConfigurationError(
             f"the config of the teacher {name_or_path!r} says patch_size {patch_size!r}, but patches have a positive "
-            f"number of pixels: choose another teacher."
+            f"number of pixels: change `name_or_path`."
         )
     if len(sides) != 1:
         raise ConfigurationError(
-            f"the teacher {name_or_path!r} has patches of {tuple(patch_size)} pixels, but they must be square: choose "
-            f"another."
+            f"the teacher {name_or_path!r} has patches of {tuple(patch_size)} pixels, but they must be square: change "
+            f"`name_or_path`."
         )
     return int(sides.pop())
 

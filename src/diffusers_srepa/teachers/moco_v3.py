@@ -19,8 +19,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.teachers.source import first_line
+from diffusers_srepa.errors import ConfigurationError, one_line
 from diffusers_srepa.teachers.vision_tower import LOAD_ERRORS, check_complete, quiet_transformers
 
 
@@ -65,7 +64,7 @@ def load_moco_v3(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
                 dtype=dtype,
             )
     except LOAD_ERRORS as error:
-        raise ConfigurationError(f"the MoCo-v3 weights {str(path)!r} do not fit ({first_line(error)}).") from error
+        raise ConfigurationError(f"the MoCo-v3 weights {str(path)!r} do not fit ({one_line(error)}).") from error
     model, report = loaded
     check_complete(report, str(path))
     return model
@@ -120,7 +119,7 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # a file that is no checkpoint fails in as many ways as there are bytes
         # What torch says about pickles is a page of advice, which ends in switching the protection off.
         is_pickle = isinstance(error, UnpicklingError)
-        reason = "it holds other objects, or is no checkpoint" if is_pickle else first_line(error)
+        reason = "it holds other objects, or is no checkpoint" if is_pickle else one_line(error)
         raise ConfigurationError(
             f"the MoCo-v3 weights {str(path)!r} cannot be read as tensors only ({reason}): give a .safetensors file "
             f"or a checkpoint without pickled objects."
@@ -139,7 +138,7 @@ def _bare_state_dict(state_dict: dict[str, Any], origin: str) -> dict[str, torch
     if not prefixes:
         raise ConfigurationError(
             f"{origin!r} does not hold a plain ViT in timm's naming (no {PATCH_WEIGHT}): a weights file, "
-            f"weight_name and a config.json without model_type are for MoCo-v3 alone."
+            f"`weight_name` and a config.json without model_type are for MoCo-v3 alone."
         )
     names = {key.removeprefix(prefixes[0]): key for key in state_dict if key.startswith(prefixes[0])}
     return {name: state_dict[key] for name, key in names.items() if name.split(".")[0] not in ("head", "fc")}

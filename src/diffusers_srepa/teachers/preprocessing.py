@@ -125,7 +125,7 @@ def _statistics_of(
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ConfigurationError(
             f"rescale_factor of {name_or_path!r} is {factor!r}, but must be a positive number: repair "
-            f"{PROCESSOR_FILE}, or give image_mean and image_std."
+            f"{PROCESSOR_FILE}, or give `image_mean` and `image_std`."
         )
     scale = 255 * factor
     if math.isclose(scale, 1.0, rel_tol=1e-3):
@@ -140,12 +140,13 @@ def check_statistics(values: Any, key: str, origin: str) -> Statistics:
         red, green, blue = (float(number) for number in numbers)
     except (TypeError, ValueError):
         raise ConfigurationError(
-            f"{key} of {origin!r} must be three numbers, but is {values!r}: give image_mean and image_std."
+            f"{key} of {origin!r} must be three numbers, but is {values!r}: give `image_mean` and `image_std`."
         ) from None
     usable = all(math.isfinite(number) and (number > 0 or key != "image_std") for number in (red, green, blue))
     if not usable:
         raise ConfigurationError(
-            f"{key} of {origin!r} is {values!r}, with which no image can be normalised: give image_mean and image_std."
+            f"{key} of {origin!r} is {values!r}, with which no image can be normalised: give `image_mean` and "
+            "`image_std`."
         )
     return red, green, blue
 

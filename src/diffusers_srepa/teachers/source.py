@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import cached_file
 
-from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.errors import ConfigurationError, causes, one_line
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,14 @@ class TeacherSource:
 
     def __post_init__(self) -> None:
         if not self.name_or_path:
-            raise ConfigurationError("the teacher's name_or_path is empty: give a Hub id, a folder or a weights file.")
+            raise ConfigurationError(
+                "the teacher's `name_or_path` is empty: give a Hub id, a folder or a weights file."
+            )
         for key in ("subfolder", "revision"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
                 raise ConfigurationError(
-                    f"the {key} of the teacher {self.name_or_path!r} is {value!r}, but must be text: change {key}."
+                    f"the {key} of the teacher {self.name_or_path!r} is {value!r}, but must be text: change `{key}`."
                 )
 
     @property
@@ -85,12 +86,12 @@ class TeacherSource:
         except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"{Path(path).name} of the teacher {self.name_or_path!r} is not a valid JSON file "
-                f"({first_line(error)}): repair it, or choose another teacher."
+                f"({one_line(error)}): repair it, or change `name_or_path`."
             ) from error
         if not isinstance(content, dict):
             raise ConfigurationError(
                 f"{Path(path).name} of the teacher {self.name_or_path!r} holds a {type(content).__name__}, but must "
-                f"hold a mapping: repair it, or choose another teacher."
+                f"hold a mapping: repair it, or change `name_or_path`."
             )
         return content
 
@@ -103,7 +104,7 @@ class TeacherSource:
         try:
             return self._locate(file_name)
         except ConfigurationError as error:
-            if self.is_offline and any(isinstance(cause, LocalEntryNotFoundError) for cause in _chain(error)):
+            if self.is_offline and any(isinstance(cause, LocalEntryNotFoundError) for cause in causes(error)):
                 return None
             raise
 
@@ -113,7 +114,7 @@ class TeacherSource:
             return cached_file(self.name_or_path, file_name, **self.hub_arguments)
         except (OSError, ValueError) as error:
             # A file that is not there is an error without a cause and without a number; all others have one.
-            is_missing = type(error) is OSError and error.errno is None and len(tuple(_chain(error))) == 1
+            is_missing = type(error) is OSError and error.errno is None and len(tuple(causes(error))) == 1
             if is_missing or self._known_as_missing(file_name):
                 return None
             raise self.failure(error) from error
@@ -131,38 +132,28 @@ class TeacherSource:
 
     def failure(self, error: BaseException) -> ConfigurationError:
         """One sentence for what `transformers` and the Hub client raise."""
-        found = tuple(_chain(error))
+        found = tuple(causes(error))
 
         def caused_by(*kinds: type[BaseException]) -> bool:
             return any(isinstance(cause, kinds) for cause in found)
 
-        name = f"the teacher {self.name_or_path!r}"
         if caused_by(GatedRepoError):
-            reason = "is gated: accept its conditions on its Hub page and pass a token that may read it"
+            reason = "is gated: accept its conditions on its Hub page and pass a `token` that may read it"
         elif caused_by(RepositoryNotFoundError, HFValidationError):
-            reason = "is neither a local folder or file nor a Hub repository that you can see: check the name or token"
+            reason = (
+                "is neither a local folder or file nor a Hub repository that you can see: check `name_or_path` or "
+                "`token`"
+            )
         elif caused_by(RevisionNotFoundError):
-            reason = f"has no revision {self.revision!r}: choose a branch, tag or commit of it"
+            reason = f"has no revision {self.revision!r}: choose a branch, tag or commit of it as `revision`"
         elif caused_by(HfHubHTTPError):
             response = next(cause for cause in found if isinstance(cause, HfHubHTTPError))
-            reason = f"cannot be fetched from the Hub now ({first_line(response)}): try again later"
+            reason = f"cannot be fetched from the Hub now ({one_line(response)}): try again later"
         elif caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled):
             reason = (
                 "is neither a local folder nor in the cache, and the Hub was not asked or cannot be reached: check "
-                "the name, the network, cache_dir and local_files_only"
+                "`name_or_path`, the network, `cache_dir` and `local_files_only`"
             )
         else:
-            reason = f"cannot be loaded ({first_line(error)})"
-        return ConfigurationError(f"{name} {reason}.")
-
-
-def first_line(error: BaseException) -> str:
-    """The first sentence of an error, for use inside a sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0].strip().rstrip(".:") if lines else type(error).__name__
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+            reason = f"cannot be loaded ({one_line(error)})"
+        return ConfigurationError(f"the teacher {self.name_or_path!r} {reason}.")

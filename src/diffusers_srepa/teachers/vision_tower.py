@@ -75,8 +75,24 @@ def check_complete(report: dict[str, Any], name_or_path: str) -> None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigurationError(
             f"the checkpoint of the teacher {name_or_path!r} lacks {missing[0]}{more}: a teacher with random weights "
-            f"is of no use, choose a complete one."
+            f"is of no use, change `name_or_path` to a complete one."
         )
+
+
+def find_blocks(tower: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The list of transformer blocks of `tower`: its first `ModuleList` of `num_layers` entries.
+
+    Found by structure because its name differs between families and between versions of `transformers`.
+
+    Raises:
+        ConfigurationError: there is no such list.
+    """
+    for module in tower.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ConfigurationError(
+        f"{type(tower).__name__} has no list of {num_layers} blocks to tap: leave `layer` unset for this teacher."
+    )
 
 
 @contextmanager

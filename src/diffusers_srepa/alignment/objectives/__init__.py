@@ -1,1 +1,1 @@
-"""Alignment objectives, one per file; `base.py` states their common interface."""
+"""Alignment objectives, grouped by what they compare; `base.py` states their common interface."""

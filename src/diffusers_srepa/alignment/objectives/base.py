@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from diffusers_srepa.alignment.structural.normalize import compute_dtype
+from diffusers_srepa.alignment.gram.normalize import compute_dtype
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.tokens import TokenMap
 
@@ -63,7 +63,8 @@ class AlignmentObjective(ABC):
             `torch.Tensor`: shape `(B,)` for scope `"sample"`, `()` for scope `"batch"`; float32 or float64.
 
         Raises:
-            ValueError: the target is missing, or batch sizes, grids, prefix tokens, widths or token counts do not fit.
+            ValueError: the target is missing, or batch sizes, devices, grids, prefix tokens, widths or token counts do
+                not fit (a `ConfigurationError` for grids and prefix tokens).
         """
         if not self.needs_target:
             target = None
@@ -104,15 +105,22 @@ class AlignmentObjective(ABC):
                 f"{name} needs student and target of the same batch, but their batch sizes are "
                 f"{student.tokens.shape[0]} and {target.tokens.shape[0]}."
             )
-        if tuple(student.grid) != tuple(target.grid):
+        if student.tokens.device != target.tokens.device:
             raise ValueError(
-                f"{name} compares token by token, but the student's grid is {tuple(student.grid)} and the target's is "
-                f"{tuple(target.grid)}: set the teacher's grid, or resample its tokens."
+                f"{name} needs student and target on one device, but they are on {student.tokens.device} and "
+                f"{target.tokens.device}: move the teacher to the student's device."
+            )
+        if tuple(student.grid) != tuple(target.grid):
+            grids = [f"{rows} x {columns}" for rows, columns in (student.grid, target.grid)]
+            raise ConfigurationError(
+                f"{name} compares token by token, but the student's grid is {grids[0]} and the target's {grids[1]}: "
+                "set the teacher's `grid` to the student's, or the term's `resample` to 'area' or 'bilinear'."
             )
         if self.include_prefix_tokens and student.num_prefix_tokens != target.num_prefix_tokens:
-            raise ValueError(
-                f"{name} compares token by token, but the student has {student.num_prefix_tokens} prefix tokens and "
-                f"the target {target.num_prefix_tokens}: give both a class token, or set include_prefix_tokens=False."
+            raise ConfigurationError(
+                f"{name} compares token by token, but there are {student.num_prefix_tokens} prefix tokens of the "
+                f"student and {target.num_prefix_tokens} of the target: set `num_prefix_tokens` of the "
+                "AlignedDenoiser, or include_prefix_tokens=False in the objective."
             )
         if self.needs_equal_width and student.dim != target.dim:
             raise ValueError(

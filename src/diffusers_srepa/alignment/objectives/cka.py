@@ -1,14 +1,13 @@
-"""Centred kernel alignment, between the tokens of an image or between the images of a batch."""
+"""Centred kernel alignment of the tokens of each image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.objectives.gather import gather_samples
 
 
 NEGLIGIBLE_SPREAD = 1e-6
@@ -22,9 +21,6 @@ class CKAAlignment(AlignmentObjective):
     Linear CKA (Kornblith et al., arXiv 1905.00414): with centred features, `|Y'X|^2 / (|X'X| |Y'Y|)`. Blind to
     rotations and to the scale of the features; widths may differ. Where all tokens of a side are equal it is 1, with
     no gradient.
-
-    Args:
-        include_prefix_tokens (`bool`): whether class and register tokens take part.
     """
 
     min_tokens: ClassVar[int] = 2
@@ -33,26 +29,6 @@ class CKAAlignment(AlignmentObjective):
         """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
         assert target is not None
         return 1.0 - linear_cka(student, target)
-
-
-@dataclass(frozen=True)
-class BatchCKAAlignment(AlignmentObjective):
-    """`1 - CKA` of whole samples, their tokens flattened into one row each; a scalar in [0, 1].
-
-    As `CKAAlignment`, with the images of the batch, those of all processes, as the rows.
-
-    Args:
-        include_prefix_tokens (`bool`): whether class and register tokens take part.
-    """
-
-    scope: ClassVar[Literal["sample", "batch"]] = "batch"
-
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
-        """`(B, N, D_S)` and `(B, N, D_T)` to `()`."""
-        assert target is not None
-        name = type(self).__name__
-        student_rows = gather_samples(student, name).flatten(1)
-        return 1.0 - linear_cka(student_rows, gather_samples(target, name).flatten(1))
 
 
 def linear_cka(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from diffusers_srepa.alignment.structural.tiling import RowTile
+from diffusers_srepa.alignment.gram.tiles import RowTile
 
 
 # 16 elements per thread need about 76 registers, so that 24 warps fit on a multiprocessor; the partial sums, three per
@@ -211,11 +211,11 @@ def _launch(
 @lru_cache(maxsize=1)
 def _kernels() -> ModuleType | None:
     try:
-        from diffusers_srepa.alignment.structural import fused_kernels
+        from diffusers_srepa.alignment.gram import triton_kernels
     except Exception:
         # Not only ImportError: a triton that does not fit the system fails in other ways.
         return None
-    return fused_kernels
+    return triton_kernels
 
 
 @lru_cache

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the structural losses; imported by `fused.py` where triton is installed, and by nothing else.
+"""Triton kernels of the structural losses; imported by `triton_launch.py` alone, where triton is installed.
 
 Two of them work on tokens, several per program. The other two work on a tile of logits
 `(num_samples, num_rows, num_columns)`, contiguous float32, whose first `num_rows` columns are the square on the

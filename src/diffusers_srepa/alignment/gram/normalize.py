@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_srepa.alignment.structural import fused
-from diffusers_srepa.alignment.structural.tiling import chunks_of_rows
+from diffusers_srepa.alignment.gram import triton_launch
+from diffusers_srepa.alignment.gram.tiles import chunks_of_rows
 
 
 ZERO_NORM = 1e-6
@@ -65,14 +65,14 @@ def normalize_into(
 
     def computation(with_kernels: bool) -> torch.Tensor:
         if with_kernels:
-            return fused.normalize_into(normalized, tokens, ZERO_NORM)
+            return triton_launch.normalize_into(normalized, tokens, ZERO_NORM)
         raw = tokens if tokens.dtype == out.dtype else normalized.copy_(tokens)
         inverse = inverse_norms(raw)
         torch.mul(raw, inverse, out=normalized)
         return inverse
 
     if use_kernels is None:
-        return normalized, fused.with_fallback(computation, "auto", tokens, out.dtype)
+        return normalized, triton_launch.with_fallback(computation, "auto", tokens, out.dtype)
     return normalized, computation(use_kernels)
 
 
@@ -92,7 +92,7 @@ def tangent_gradient_(
 
     def computation(with_kernels: bool) -> None:
         if with_kernels:
-            fused.tangent_gradient_(gradient, normalized, scale)
+            triton_launch.tangent_gradient_(gradient, normalized, scale)
             return
         for rows in chunks_of_rows(gradient):
             part, direction = gradient[:, rows], normalized[:, rows]
@@ -102,6 +102,6 @@ def tangent_gradient_(
 
     if use_kernels is None:
         # Starting anew is safe though in place: a kernel that cannot be launched has written nothing.
-        fused.with_fallback(computation, "auto", gradient, gradient.dtype)
+        triton_launch.with_fallback(computation, "auto", gradient, gradient.dtype)
     else:
         computation(use_kernels)

@@ -1,4 +1,4 @@
-"""Relational knowledge distillation by distances."""
+"""Objectives that compare Euclidean distances between the tokens of each image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.objectives.distances import distances
 
 
 @dataclass(frozen=True)
@@ -19,9 +18,6 @@ class RKDDistanceAlignment(AlignmentObjective):
     RKD-D (Park et al., arXiv 1904.05068) with the tokens of an image in place of the images of a batch: a distance
     `|x_i - x_j|` is divided by the mean distance of all pairs, so the scale of the features does not matter. Widths
     may differ.
-
-    Args:
-        include_prefix_tokens (`bool`): whether class and register tokens take part.
     """
 
     min_tokens: ClassVar[int] = 2
@@ -35,9 +31,36 @@ class RKDDistanceAlignment(AlignmentObjective):
         return penalty.sum(dim=(1, 2)) / (num_tokens * (num_tokens - 1))
 
 
+def squared_distances(rows: torch.Tensor) -> torch.Tensor:
+    """`|x_i - x_j|^2` of all pairs, through inner products; the diagonal is exactly 0, nothing is negative.
+
+    Args:
+        rows (`torch.Tensor`): shape `(..., N, D)`.
+
+    Returns:
+        `torch.Tensor`: shape `(..., N, N)`.
+    """
+    # Distances do not depend on the origin; near the mean the inner products lose the fewest digits.
+    centred = rows - rows.mean(dim=-2, keepdim=True).detach()
+    products = centred @ centred.mT
+    norms = products.diagonal(dim1=-2, dim2=-1)
+    distances = norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * products
+    diagonal = torch.eye(rows.shape[-2], dtype=torch.bool, device=rows.device)
+    return distances.masked_fill(diagonal, 0.0).clamp(min=0)
+
+
+def _distances(rows: torch.Tensor) -> torch.Tensor:
+    """`|x_i - x_j|` of all pairs `(..., N, N)`; coinciding rows have distance 0 and give each other no gradient."""
+    squared = squared_distances(rows)
+    # Below this, a squared distance is the rounding error of the inner products.
+    floor = torch.finfo(rows.dtype).eps * squared.detach().mean(dim=(-2, -1), keepdim=True)
+    coincide = squared <= floor
+    return squared.masked_fill(coincide, 1.0).sqrt().masked_fill(coincide, 0.0)
+
+
 def _relative_distances(tokens: torch.Tensor) -> torch.Tensor:
     """Distances `(B, N, N)` over their mean off the diagonal; all zero where all tokens coincide."""
     num_tokens = tokens.shape[1]
-    pairs = distances(tokens)
+    pairs = _distances(tokens)
     mean = pairs.sum(dim=(1, 2), keepdim=True) / (num_tokens * (num_tokens - 1))
     return pairs / torch.where(mean > 0, mean, torch.ones_like(mean))

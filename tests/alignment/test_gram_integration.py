@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
-from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
-from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
-from diffusers_srepa.alignment.structural import feature_form, gram_form, tiled_kl
-from diffusers_srepa.alignment.structural.exact import gram_kl_loss, gram_mse_loss
-from diffusers_srepa.alignment.structural.feature_form import full_precision_products
-from diffusers_srepa.alignment.structural.reference import algorithm_1
+from diffusers_srepa.alignment.gram import kl, mse
+from diffusers_srepa.alignment.gram.losses import gram_kl_loss, gram_mse_loss
+from diffusers_srepa.alignment.gram.mse import full_precision_products
+from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
 from diffusers_srepa.tokens import TokenMap
+from tests.helpers.algorithm_1 import algorithm_1
 
 
 LOSSES = {
@@ -103,11 +102,15 @@ def test_operators_keep_the_rules_of_custom_operators(dtype):
     checks = ("test_schema", "test_faketensor")
     student, teacher = (x.to(dtype) for x in tokens(150))
     grad_losses = torch.ones(2)
-    for module, arguments in ((gram_form, ()), (feature_form, ()), (tiled_kl, (0.2, 0.3, "auto"))):
-        torch.library.opcheck(module._forward, (student, teacher, *arguments), test_utils=checks)
-        _, *kept = module._forward(student, teacher, *arguments)
-        inputs = (student,) if module is gram_form else (student, teacher)
-        torch.library.opcheck(module._backward, (grad_losses, *inputs, *kept, *arguments), test_utils=checks)
+    for forward, backward, arguments in (
+        (mse._gram_forward, mse._gram_backward, ()),
+        (mse._feature_forward, mse._feature_backward, ()),
+        (kl._forward, kl._backward, (0.2, 0.3, "auto")),
+    ):
+        torch.library.opcheck(forward, (student, teacher, *arguments), test_utils=checks)
+        _, *kept = forward(student, teacher, *arguments)
+        inputs = (student,) if forward is mse._gram_forward else (student, teacher)
+        torch.library.opcheck(backward, (grad_losses, *inputs, *kept, *arguments), test_utils=checks)
 
 
 def allocations(step):
@@ -199,9 +202,9 @@ def test_feature_form_computes_in_full_precision(monkeypatch):
     """Both passes, watched from within by wrapping a step of each."""
     seen = []
     for name in ("add_upper_gram_", "tangent_gradient_"):
-        step = getattr(feature_form, name)
+        step = getattr(mse, name)
         monkeypatch.setattr(
-            feature_form, name, lambda *args, name=name, step=step: (seen.append((name, precision())), step(*args))
+            mse, name, lambda *args, name=name, step=step: (seen.append((name, precision())), step(*args))
         )
     student, teacher = tokens()
     torch.set_float32_matmul_precision("high")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from diffusers_srepa.alignment.structural.exact import gram_kl_loss, gram_mse_loss
-from diffusers_srepa.alignment.structural.reference import algorithm_1
+from diffusers_srepa.alignment.gram.losses import gram_kl_loss, gram_mse_loss
+from tests.helpers.algorithm_1 import algorithm_1
 
 
 MSE_FORMS = ["reference", "gram", "feature", "auto"]

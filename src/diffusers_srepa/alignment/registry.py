@@ -14,16 +14,20 @@ from typing import Any
 from torch import nn
 
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.objectives.cka import BatchCKAAlignment, CKAAlignment
-from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
-from diffusers_srepa.alignment.objectives.dispersive import DispersiveAlignment
-from diffusers_srepa.alignment.objectives.distance_margin import DistanceMarginAlignment
-from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
-from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
-from diffusers_srepa.alignment.objectives.layer_sync import LayerSyncAlignment
-from diffusers_srepa.alignment.objectives.positive_gram import PositiveGramAlignment
-from diffusers_srepa.alignment.objectives.rkd_distance import RKDDistanceAlignment
-from diffusers_srepa.alignment.objectives.similarity_preserving import SimilarityPreservingAlignment
+from diffusers_srepa.alignment.objectives.batch import (
+    BatchCKAAlignment,
+    DispersiveAlignment,
+    SimilarityPreservingAlignment,
+)
+from diffusers_srepa.alignment.objectives.cka import CKAAlignment
+from diffusers_srepa.alignment.objectives.gram import (
+    DistanceMarginAlignment,
+    GramKLAlignment,
+    GramMSEAlignment,
+    PositiveGramAlignment,
+)
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment, LayerSyncAlignment
+from diffusers_srepa.alignment.objectives.relational import RKDDistanceAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector, saved_class_name
 from diffusers_srepa.alignment.schedule import (
     Constant,
@@ -37,7 +41,7 @@ from diffusers_srepa.alignment.schedule import (
 )
 from diffusers_srepa.alignment.spatial_norm import SpatialNorm
 from diffusers_srepa.alignment.term import AlignmentTerm, Tap, describe_value
-from diffusers_srepa.errors import ConfigurationError, close_matches
+from diffusers_srepa.errors import ConfigurationError, close_matches, one_line
 from diffusers_srepa.tokens import TokenMap
 
 
@@ -193,9 +197,7 @@ def _build_term(name: str, literal: Any) -> AlignmentTerm:
 
 
 def _build_tap(name: str, literal: Mapping[str, Any]) -> Tap:
-    known = {"tap", "detach", "projector"}
-    unknown = set(literal) - known
-    if unknown or "tap" not in literal:
+    if set(literal) - {"tap", "detach", "projector"} or "tap" not in literal:
         raise ConfigurationError(
             f"the target of the alignment term {name!r} is {dict(literal)}, but must have the key tap and may have "
             "detach and projector."
@@ -227,8 +229,7 @@ def _build(kind: str, literal: Any, registry: Mapping[str, type], **given: Any) 
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigurationError):
             raise
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ConfigurationError(f"the {kind} {name!r} cannot be built: {reason}.") from error
+        raise ConfigurationError(f"the {kind} {name!r} cannot be built: {one_line(error)}.") from error
 
 
 def _checked(kind: str, found: Any, wanted: type, registry: Mapping[str, type]) -> Any:

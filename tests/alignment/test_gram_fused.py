@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusers_srepa.alignment.structural import fused, tiled_kl, tiling
-from diffusers_srepa.alignment.structural.exact import gram_kl_loss, gram_mse_loss
-from diffusers_srepa.alignment.structural.normalize import normalize_into, tangent_gradient_
-from diffusers_srepa.alignment.structural.reference import reference_gram_kl, reference_gram_mse
+from diffusers_srepa.alignment.gram import kl, tiles, triton_launch
+from diffusers_srepa.alignment.gram.losses import gram_kl_loss, gram_mse_loss
+from diffusers_srepa.alignment.gram.normalize import normalize_into, tangent_gradient_
+from diffusers_srepa.alignment.gram.reference import reference_gram_kl, reference_gram_mse
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,8 +74,8 @@ def assert_agrees(student, teacher, taus=(0.2, 0.2), reduction="mean", form="fus
 @pytest.fixture
 def no_failure(monkeypatch):
     """No kernel has failed before, and what a test lets fail is forgotten after it."""
-    monkeypatch.setattr(fused._Failure, "reason", None)
-    load = fused._kernels
+    monkeypatch.setattr(triton_launch._Failure, "reason", None)
+    load = triton_launch._kernels
     load.cache_clear()
     yield
     load.cache_clear()
@@ -105,8 +105,8 @@ def test_interpreted_agrees_with_reference(num_tokens):
 @pytest.mark.parametrize("elements", [1, 1 << 20])
 def test_interpreted_in_several_tiles(num_tokens, rows, elements, monkeypatch):
     """Squares that end within a block, last tiles of one row, and one sample or all at a time."""
-    monkeypatch.setattr(tiling, "CPU_TILE_ROWS", rows)
-    monkeypatch.setattr(tiling, "CPU_TILE_ELEMENTS", elements)
+    monkeypatch.setattr(tiles, "CPU_TILE_ROWS", rows)
+    monkeypatch.setattr(tiles, "CPU_TILE_ELEMENTS", elements)
     assert_agrees(*random_tokens(2, num_tokens))
 
 
@@ -181,17 +181,17 @@ def test_interpreted_auto_takes_the_kernels():
 def test_interpreted_operators_keep_the_rules():
     student, teacher = random_tokens(2, 70)
     checks, options = ("test_schema", "test_faketensor"), (0.2, 0.3, "fused")
-    torch.library.opcheck(tiled_kl._forward, (student, teacher, *options), test_utils=checks)
-    _, sums = tiled_kl._forward(student, teacher, *options)
-    torch.library.opcheck(tiled_kl._backward, (torch.ones(2), student, teacher, sums, *options), test_utils=checks)
+    torch.library.opcheck(kl._forward, (student, teacher, *options), test_utils=checks)
+    _, sums = kl._forward(student, teacher, *options)
+    torch.library.opcheck(kl._backward, (torch.ones(2), student, teacher, sums, *options), test_utils=checks)
 
 
 @in_interpreter
 def test_interpreted_failure_in_the_backward_pass(no_failure, monkeypatch):
     student, teacher = random_tokens(2, 70)
-    kernels = SimpleNamespace(**{name: getattr(fused._kernels(), name) for name in KERNELS})
+    kernels = SimpleNamespace(**{name: getattr(triton_launch._kernels(), name) for name in KERNELS})
     kernels.weights_kernel = BrokenKernel()
-    monkeypatch.setattr(fused, "_kernels", lambda: kernels)
+    monkeypatch.setattr(triton_launch, "_kernels", lambda: kernels)
     with pytest.warns(RuntimeWarning, match="no such luck"):
         assert_agrees(student, teacher, form="auto")
 
@@ -228,13 +228,15 @@ def test_interpreted_normalization(dim, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_interpreted_mse(mse_form, dtype, monkeypatch):
     """Their token kernels run, in several chunks and tiles, and give the reference's values."""
-    monkeypatch.setattr(tiling, "CPU_TILE_ROWS", 50)
-    monkeypatch.setattr(tiling, "CPU_CHUNK_ELEMENTS", 1000)
-    monkeypatch.setattr(tiling, "CPU_TILE_ELEMENTS", 1000)
+    monkeypatch.setattr(tiles, "CPU_TILE_ROWS", 50)
+    monkeypatch.setattr(tiles, "CPU_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(tiles, "CPU_TILE_ELEMENTS", 1000)
     student, teacher = (tokens.to(dtype) for tokens in random_tokens(3, 130))
     student[0, 3] = 0.0
-    launched, launch = [], fused._launch
-    monkeypatch.setattr(fused, "_launch", lambda *args, **more: (launched.append(args[0]), launch(*args, **more)))
+    launched, launch = [], triton_launch._launch
+    monkeypatch.setattr(
+        triton_launch, "_launch", lambda *args, **more: (launched.append(args[0]), launch(*args, **more))
+    )
     values, gradient = value_and_gradient(lambda s, t: gram_mse_loss(s, t, form=mse_form), student, teacher)
     expected, expected_gradient = value_and_gradient(reference_gram_mse, student.double(), teacher.double())
     assert set(launched) == {"normalize_kernel", "tangent_kernel"}
@@ -263,11 +265,11 @@ def test_kernels_compile(name, capability, ones, tmp_path, monkeypatch):
     from triton.compiler import compile as compile_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(fused._kernels(), name)
+    kernel = getattr(triton_launch._kernels(), name)
     signature = {argument: POINTERS.get(argument, "i32") for argument in kernel.arg_names}
     blocks = {
-        "BLOCK_ROWS": fused.BLOCK_ROWS,
-        "BLOCK_COLUMNS": fused.BLOCK_COLUMNS,
+        "BLOCK_ROWS": triton_launch.BLOCK_ROWS,
+        "BLOCK_COLUMNS": triton_launch.BLOCK_COLUMNS,
         "BLOCK_TOKENS": 4,
         "BLOCK_ELEMENTS": 1024,
     }
@@ -278,7 +280,7 @@ def test_kernels_compile(name, capability, ones, tmp_path, monkeypatch):
         if kind == "i32" and (ones == "all" or argument in ones):
             signature[argument], constants[argument] = "constexpr", 1
     source = ASTSource(kernel, signature, constexprs=constants)
-    options = {"num_warps": fused.NUM_WARPS if "BLOCK_ROWS" in signature else 4}
+    options = {"num_warps": triton_launch.NUM_WARPS if "BLOCK_ROWS" in signature else 4}
     assert compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
 
 
@@ -302,7 +304,7 @@ def broken_kernel(no_failure, monkeypatch):
     """Kernels that look able to run on a CPU, and fail."""
     kernel = BrokenKernel()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(fused, "_kernels", lambda: SimpleNamespace(**dict.fromkeys(KERNELS, kernel)))
+    monkeypatch.setattr(triton_launch, "_kernels", lambda: SimpleNamespace(**dict.fromkeys(KERNELS, kernel)))
     return kernel
 
 
@@ -341,16 +343,16 @@ def test_lack_of_memory_is_no_failure_of_a_kernel(broken_kernel):
     student, teacher = random_tokens(2, 20)
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         gram_kl_loss(student, teacher)
-    assert fused._Failure.reason is None
+    assert triton_launch._Failure.reason is None
 
 
 def test_without_triton(no_failure, monkeypatch):
     """No kernels, no warning, the same result."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "diffusers_srepa.alignment.structural.fused_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "diffusers_srepa.alignment.gram.triton_kernels", raising=False)
     # An import statement would find the module on its package, too.
-    monkeypatch.delattr("diffusers_srepa.alignment.structural.fused_kernels", raising=False)
+    monkeypatch.delattr("diffusers_srepa.alignment.gram.triton_kernels", raising=False)
     student, teacher = random_tokens(2, 20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -373,9 +375,9 @@ def test_kernels_are_not_loaded_on_a_cpu():
     """Triton takes a second to import."""
     code = (
         "import sys, torch\n"
-        "from diffusers_srepa.alignment.structural.exact import gram_kl_loss\n"
+        "from diffusers_srepa.alignment.gram.losses import gram_kl_loss\n"
         "gram_kl_loss(torch.randn(1, 5, 3).requires_grad_(), torch.randn(1, 5, 3)).sum().backward()\n"
-        "assert 'diffusers_srepa.alignment.structural.fused_kernels' not in sys.modules"
+        "assert 'diffusers_srepa.alignment.gram.triton_kernels' not in sys.modules"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -401,7 +403,7 @@ def test_on_cuda_mse_agrees_with_reference(mse_form, num_tokens):
     expected, expected_gradient = value_and_gradient(reference_gram_mse, student.double(), teacher.double())
     torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-7)
     assert (gradient.double() - expected_gradient).norm() <= 1e-4 * expected_gradient.norm()
-    assert fused._Failure.reason is None
+    assert triton_launch._Failure.reason is None
 
 
 @pytest.mark.gpu
@@ -415,7 +417,7 @@ def test_on_cuda_kernels_agree_with_tiles():
     torch.testing.assert_close(results["fused"][0], results["tiled"][0], rtol=1e-5, atol=1e-6)
     difference = (results["fused"][1] - results["tiled"][1]).norm()
     assert difference <= 1e-5 * results["tiled"][1].norm()
-    assert torch.equal(results["auto"][1], results["fused"][1]) and fused._Failure.reason is None
+    assert torch.equal(results["auto"][1], results["fused"][1]) and triton_launch._Failure.reason is None
 
 
 @pytest.mark.gpu

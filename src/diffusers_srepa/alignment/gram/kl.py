@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from diffusers_srepa.alignment.structural import fused
-from diffusers_srepa.alignment.structural.normalize import compute_dtype, normalize_into, tangent_gradient_
-from diffusers_srepa.alignment.structural.tiling import RowTile, add_symmetric_product_, plan_tiles
+from diffusers_srepa.alignment.gram import triton_launch
+from diffusers_srepa.alignment.gram.normalize import compute_dtype, normalize_into, tangent_gradient_
+from diffusers_srepa.alignment.gram.tiles import RowTile, add_symmetric_product_, plan_tiles
 
 
 LOWEST_FLOAT32_TEMPERATURE = 1 / 40
@@ -36,7 +36,7 @@ def tiled_gram_kl(
 
     In float32, or in float64 if both inputs are float64. Differentiable once, in the student alone. Keeps `2 B N`
     numbers for the backward pass; each pass needs normalised tokens and a few tiles besides. `form` is `"auto"`,
-    `"tiled"` or `"fused"`, see `fused.with_fallback`.
+    `"tiled"` or `"fused"`, see `triton_launch.with_fallback`.
 
     Raises:
         ValueError: a temperature is below 1/300, or `form` is `"fused"` and the kernels cannot run.
@@ -71,7 +71,7 @@ def _forward(
     """Losses `(B,)` and the row sums of teacher and student, shape `(2, B, N)`."""
     dtype = _dtype(student, teacher, tau_teacher, tau_student)
     computation = partial(_forward_pass, student, teacher, tau_teacher, tau_student)
-    return fused.with_fallback(computation, form, student, dtype)
+    return triton_launch.with_fallback(computation, form, student, dtype)
 
 
 def _forward_pass(
@@ -92,7 +92,7 @@ def _forward_pass(
             teacher_logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
             student_logits = _logits(scratch[1], z_student, tile, tau_student)
             if use_kernels:
-                fused.add_sums_(sums, teacher_logits, student_logits, tile)
+                triton_launch.add_sums_(sums, teacher_logits, student_logits, tile)
             else:
                 _add_sums_(sums, teacher_logits, student_logits, tile, scratch[2])
         teacher_sums, gaps, student_sums = sums.unbind(dim=1)
@@ -123,7 +123,7 @@ def _backward(
 ) -> torch.Tensor:
     """The gradient of the losses, weighted by `grad_losses`, with respect to the raw student tokens."""
     computation = partial(_backward_pass, grad_losses, student, teacher, row_sums, tau_teacher, tau_student)
-    return fused.with_fallback(computation, form, student, row_sums.dtype)
+    return triton_launch.with_fallback(computation, form, student, row_sums.dtype)
 
 
 def _backward_pass(
@@ -150,7 +150,7 @@ def _backward_pass(
             if use_kernels:
                 block = _logits(scratch[1], z_student, tile, tau_student)
                 teacher_logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
-                fused.symmetric_weights_(block, teacher_logits, shares[1, chunk], shares[0, chunk], tile.start)
+                triton_launch.symmetric_weights_(block, teacher_logits, shares[1, chunk], shares[0, chunk], tile.start)
             else:
                 block = tile.of_scratch(scratch[1], len(z_student)).zero_()
                 exponentials = _mask_diagonal_(_logits(scratch[0], z_student, tile, tau_student)).exp_()
@@ -201,7 +201,7 @@ def _add_sums_(
     tile: RowTile,
     scratch: torch.Tensor,
 ) -> None:
-    """What `fused.add_sums_` does, in PyTorch; overwrites the logits."""
+    """What `triton_launch.add_sums_` does, in PyTorch; overwrites the logits."""
     _mask_diagonal_(teacher_logits)
     _mask_diagonal_(student_logits)
     weights = torch.exp(teacher_logits, out=tile.of_scratch(scratch, len(teacher_logits)))

@@ -1,4 +1,4 @@
-"""The structural losses on raw tokens: checks, precision, and the choice between equivalent forms."""
+"""The structural losses on raw tokens: `gram_mse_loss` and `gram_kl_loss`, each in several equivalent forms."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 
 import torch
 
-from diffusers_srepa.alignment.structural.feature_form import feature_form_mse
-from diffusers_srepa.alignment.structural.gram_form import gram_form_mse
-from diffusers_srepa.alignment.structural.normalize import compute_dtype
-from diffusers_srepa.alignment.structural.reference import reference_gram_kl, reference_gram_mse
-from diffusers_srepa.alignment.structural.tiled_kl import LOWEST_TILED_TEMPERATURE, tiled_gram_kl
+from diffusers_srepa.alignment.gram.kl import LOWEST_TILED_TEMPERATURE, tiled_gram_kl
+from diffusers_srepa.alignment.gram.mse import feature_form_mse, gram_form_mse
+from diffusers_srepa.alignment.gram.normalize import compute_dtype
+from diffusers_srepa.alignment.gram.reference import reference_gram_kl, reference_gram_mse
 
 
 MSE_FORMS = ("auto", "gram", "feature", "reference")
@@ -39,15 +38,18 @@ def gram_mse_loss(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor, fo
     """
     check_choice("form", form, MSE_FORMS)
     check_tokens(student_tokens, teacher_tokens)
-    teacher_tokens = teacher_tokens.detach()
-    if form == "auto":
-        form = choose_mse_form(student_tokens.shape[1], student_tokens.shape[2], teacher_tokens.shape[2])
     with torch.autocast(device_type=student_tokens.device.type, enabled=False):
-        if form == "reference":
-            dtype = compute_dtype(student_tokens, teacher_tokens)
-            return reference_gram_mse(student_tokens.to(dtype), teacher_tokens.to(dtype))
-        exact_form = gram_form_mse if form == "gram" else feature_form_mse
-        return exact_form(student_tokens, teacher_tokens)
+        return compute_gram_mse(student_tokens, teacher_tokens.detach(), form)
+
+
+def compute_gram_mse(student: torch.Tensor, teacher: torch.Tensor, form: str) -> torch.Tensor:
+    """`gram_mse_loss` of arguments that are checked, of a teacher that is detached, outside autocast."""
+    if form == "auto":
+        form = choose_mse_form(student.shape[1], student.shape[2], teacher.shape[2])
+    if form == "reference":
+        dtype = compute_dtype(student, teacher)
+        return reference_gram_mse(student.to(dtype), teacher.to(dtype))
+    return gram_form_mse(student, teacher) if form == "gram" else feature_form_mse(student, teacher)
 
 
 def choose_mse_form(num_tokens: int, student_dim: int, teacher_dim: int) -> str:
@@ -102,17 +104,20 @@ def gram_kl_loss(
     check_temperature("tau_teacher", tau_teacher)
     check_temperature("tau_student", tau_student)
     check_tokens(student_tokens, teacher_tokens)
-    teacher_tokens = teacher_tokens.detach()
-    tau_teacher, tau_student = float(tau_teacher), float(tau_student)
-    if form == "auto" and min(tau_teacher, tau_student) < LOWEST_TILED_TEMPERATURE:
-        form = "reference"
     with torch.autocast(device_type=student_tokens.device.type, enabled=False):
-        if form == "reference":
-            dtype = compute_dtype(student_tokens, teacher_tokens)
-            student, teacher = student_tokens.to(dtype), teacher_tokens.to(dtype)
-            return reference_gram_kl(student, teacher, tau_teacher, tau_student, reduction)
-        losses = tiled_gram_kl(student_tokens, teacher_tokens, tau_teacher, tau_student, form)
-        return losses if reduction == "mean" else losses * student_tokens.shape[1]
+        return compute_gram_kl(student_tokens, teacher_tokens.detach(), tau_teacher, tau_student, reduction, form)
+
+
+def compute_gram_kl(
+    student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float, reduction: str, form: str
+) -> torch.Tensor:
+    """`gram_kl_loss` of arguments that are checked, of a teacher that is detached, outside autocast."""
+    tau_teacher, tau_student = float(tau_teacher), float(tau_student)
+    if form == "reference" or (form == "auto" and min(tau_teacher, tau_student) < LOWEST_TILED_TEMPERATURE):
+        dtype = compute_dtype(student, teacher)
+        return reference_gram_kl(student.to(dtype), teacher.to(dtype), tau_teacher, tau_student, reduction)
+    losses = tiled_gram_kl(student, teacher, tau_teacher, tau_student, form)
+    return losses if reduction == "mean" else losses * student.shape[1]
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

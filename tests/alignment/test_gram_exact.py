@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from diffusers_srepa.alignment.structural import tiling
-from diffusers_srepa.alignment.structural.exact import choose_mse_form, gram_kl_loss, gram_mse_loss
-from diffusers_srepa.alignment.structural.reference import cosine_gram, reference_gram_kl, reference_gram_mse
+from diffusers_srepa.alignment.gram import tiles
+from diffusers_srepa.alignment.gram.losses import choose_mse_form, gram_kl_loss, gram_mse_loss
+from diffusers_srepa.alignment.gram.reference import cosine_gram, reference_gram_kl, reference_gram_mse
 
 
 NUM_TOKENS = [2, 3, 7, 16, 33, 64, 129, 256, 1024, pytest.param(4096, marks=pytest.mark.slow)]
@@ -89,30 +89,30 @@ def test_zero_and_repeated_tokens(name, num_tokens):
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_any_tiling_gives_the_same(name, rows, monkeypatch):
     """Uneven tiles, last tiles of one row, chunks of one or a few samples, and blocks of a few columns."""
-    monkeypatch.setattr(tiling, "CPU_TILE_ROWS", rows)
-    monkeypatch.setattr(tiling, "GRAM_BLOCK", 3)
+    monkeypatch.setattr(tiles, "CPU_TILE_ROWS", rows)
+    monkeypatch.setattr(tiles, "GRAM_BLOCK", 3)
     student, teacher = random_tokens(5, 21, 8, 7)
     student[1, 20] = 0.0
     for elements in (1, 2 * rows * 21, 1000):
-        monkeypatch.setattr(tiling, "CPU_TILE_ELEMENTS", elements)
-        monkeypatch.setattr(tiling, "CPU_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(tiles, "CPU_TILE_ELEMENTS", elements)
+        monkeypatch.setattr(tiles, "CPU_CHUNK_ELEMENTS", elements)
         assert_agrees(name, student, teacher)
 
 
 def test_packed_size_is_that_of_all_tiles():
     for num_tokens in (2, 3, 127, 128, 129, 255, 256, 300, 1024):
-        plan = tiling.plan_tiles(torch.empty(2, num_tokens, 3))
-        tiles = list(plan.tiles())
-        assert plan.packed_size == sum(tile.size for tile in tiles)
-        assert plan.tile_size >= max(tile.size for tile in tiles)
-        assert [tile.start for tile in tiles] == [0] + [tile.stop for tile in tiles[:-1]]
-        assert tiles[-1].stop == num_tokens
+        plan = tiles.plan_tiles(torch.empty(2, num_tokens, 3))
+        walk = list(plan.tiles())
+        assert plan.packed_size == sum(tile.size for tile in walk)
+        assert plan.tile_size >= max(tile.size for tile in walk)
+        assert [tile.start for tile in walk] == [0] + [tile.stop for tile in walk[:-1]]
+        assert walk[-1].stop == num_tokens
 
 
 @pytest.mark.parametrize("name", ["gram", "feature", "kl"])
 @pytest.mark.parametrize("num_tokens", [2, 5, 9])
 def test_gradcheck(name, num_tokens, monkeypatch):
-    monkeypatch.setattr(tiling, "CPU_TILE_ROWS", 4)
+    monkeypatch.setattr(tiles, "CPU_TILE_ROWS", 4)
     student, teacher = random_tokens(2, num_tokens, 4, 3)
     exact = LOSSES[name][0]
     assert torch.autograd.gradcheck(lambda s: exact(s, teacher), (student.requires_grad_(),), atol=1e-9, rtol=1e-7)

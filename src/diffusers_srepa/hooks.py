@@ -1,4 +1,4 @@
-"""Reading an inner activation of any module by a forward hook, for one forward pass at a time."""
+"""Reading the output of an inner module of a student or a teacher by a forward hook, one forward pass at a time."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def find_submodule(module: nn.Module, path: str) -> nn.Module:
         if isinstance(current, nn.ModuleList) and name not in current._modules:
             raise ConfigurationError(
                 f"the tap {path!r} is outside {root}, where {seen!r} has the entries 0 to {len(current) - 1}: change "
-                "the tap (or the depth, which counts from 1)."
+                "the `tap` (or the `depth`, which counts from 1)."
             )
         child = getattr(current, name, None)
         if not isinstance(child, nn.Module):
@@ -208,8 +208,8 @@ def block_path(module: nn.Module, depth: int) -> str:
         if isinstance(blocks, nn.ModuleList):
             if not 1 <= depth <= len(blocks):
                 raise ConfigurationError(
-                    f"the depth is {depth}, but {type(model).__name__} has the blocks 1 to {len(blocks)}: change the "
-                    "depth."
+                    f"the depth is {depth}, but {type(model).__name__} has the blocks 1 to {len(blocks)}: change "
+                    "`depth`."
                 )
             return f"{name}.{depth - 1}"
     raise ConfigurationError(

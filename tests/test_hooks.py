@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusers_srepa.alignment.feature_tap import FeatureTap, block_path, find_submodule, unwrap_module
 from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.hooks import FeatureTap, block_path, find_submodule, unwrap_module
 from tests.helpers.reference_weights import TAP, golden_inputs, golden_model
 
 

@@ -1,4 +1,4 @@
-"""Point-wise alignment by cosine similarity: REPA's objective."""
+"""Objectives that compare each token with its counterpart: REPA's cosine and LayerSync."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from diffusers_srepa.alignment.gram.normalize import normalize_tokens
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.structural.normalize import normalize_tokens
 
 
 @dataclass(frozen=True)
@@ -25,3 +25,15 @@ class CosineAlignment(AlignmentObjective):
         """`(B, N, D)` and `(B, N, D)` to `(B,)`."""
         assert target is not None
         return -(normalize_tokens(student) * normalize_tokens(target)).sum(dim=-1).mean(dim=-1)
+
+
+@dataclass(frozen=True)
+class LayerSyncAlignment(CosineAlignment):
+    """Mean over all tokens of `-cos(early_i, late_i)`, per sample; in [-1, 1]: an early layer follows a later one.
+
+    Haghighi et al., arXiv 2510.12581: the term's tap is the early layer, its target a `Tap` on the late one, and there
+    is no projector (`projector=None`). The gradient to the late layer is cut by `Tap(detach=True)`, the default and
+    what the paper does; this objective itself leaves it alone.
+    """
+
+    detaches_target: ClassVar[bool] = False

@@ -9,7 +9,11 @@ import torch
 from torch import nn
 
 from diffusers_srepa.alignment import objectives
-from diffusers_srepa.alignment.build import (
+from diffusers_srepa.alignment.objectives.base import AlignmentObjective
+from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
+from diffusers_srepa.alignment.registry import (
     OBJECTIVES,
     PROJECTORS,
     build_objective,
@@ -18,11 +22,6 @@ from diffusers_srepa.alignment.build import (
     build_terms,
     load_projector,
 )
-from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.objectives.cosine import CosineAlignment
-from diffusers_srepa.alignment.objectives.gram_kl import GramKLAlignment
-from diffusers_srepa.alignment.objectives.gram_mse import GramMSEAlignment
-from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
 from diffusers_srepa.alignment.schedule import Constant, HardStop, Product, WarmUp
 from diffusers_srepa.alignment.spatial_norm import SpatialNorm
 from diffusers_srepa.alignment.term import AlignmentTerm, Tap

@@ -1,6 +1,6 @@
 """The structural losses as the sREPA paper writes them: Algorithm 1 and Eq. 5-8, with no shortcut.
 
-These forms build every N x N matrix and exist to be read and to test `exact.py` against. They compute in the dtype
+These forms build every N x N matrix and exist to be read and to test the fast forms against. They compute in the dtype
 of their inputs and differ from the paper's text in one point: a token with norm below 1e-6 counts as zero (see
 `normalize.py`). The teacher is detached in all of them.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from diffusers_srepa.alignment.structural.normalize import normalize_tokens
+from diffusers_srepa.alignment.gram.normalize import normalize_tokens
 
 
 def cosine_gram(tokens: torch.Tensor) -> torch.Tensor:
@@ -74,35 +74,3 @@ def reference_gram_kl(
     student_log_probabilities = F.log_softmax(student / tau_student, dim=-1)
     divergence = F.kl_div(student_log_probabilities, teacher_probabilities, reduction="none").sum(dim=-1)
     return divergence.mean(dim=1) if reduction == "mean" else divergence.sum(dim=1)
-
-
-def algorithm_1(
-    student_tokens: torch.Tensor,
-    teacher_tokens: torch.Tensor,
-    mode: str = "mse",
-    tau_teacher: float = 0.2,
-    tau_student: float = 0.2,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both losses of the paper's Algorithm 1, unweighted, with its own normalisation and reductions.
-
-    Args:
-        student_tokens (`torch.Tensor`): raw projected tokens of shape `(B, N, D)`.
-        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D)`.
-        mode (`str`): `"mse"` or `"kl"`.
-        tau_teacher (`float`): temperature of the teacher's softmax.
-        tau_student (`float`): temperature of the student's softmax.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: projection loss and structural loss, two scalars over the batch. The KL
-        value is N times Eq. 8, because `batchmean` divides by the batch size alone.
-    """
-    teacher = F.normalize(teacher_tokens.detach(), dim=-1)
-    student = F.normalize(student_tokens, dim=-1)
-    projection_loss = -(teacher * student).sum(dim=-1).mean()
-    teacher_gram = off_diagonal(torch.bmm(teacher, teacher.transpose(1, 2)))
-    student_gram = off_diagonal(torch.bmm(student, student.transpose(1, 2)))
-    if mode == "mse":
-        return projection_loss, F.mse_loss(student_gram, teacher_gram)
-    probabilities = F.softmax(teacher_gram / tau_teacher, dim=-1)
-    log_probabilities = F.log_softmax(student_gram / tau_student, dim=-1)
-    return projection_loss, F.kl_div(log_probabilities, probabilities, reduction="batchmean")

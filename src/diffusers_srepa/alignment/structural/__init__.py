@@ -1,1 +1,0 @@
-"""Structural alignment on raw tokens: plain reference forms, exact cheap forms, and the choice between them."""
