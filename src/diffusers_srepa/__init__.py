@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AlignedDenoiser": "alignment.aligned_denoiser",
+    "AlignedFlowMatching": "training.methods.aligned_flow_matching",
     "AlignmentLoss": "alignment.loss",
     "AlignmentObjective": "alignment.objectives.base",
     "AlignmentOutput": "alignment.loss",
@@ -38,30 +39,38 @@ _PUBLIC = {
     "LinearDecay": "alignment.schedule",
     "LinearInterpolant": "interpolant",
     "LinearProjector": "alignment.projectors",
+    "LossOutput": "training.method",
     "MLPProjector": "alignment.projectors",
+    "Phase": "training.method",
     "PixelCodec": "latents.pixels",
     "PositiveGramAlignment": "alignment.objectives.gram",
     "Product": "alignment.schedule",
     "RKDDistanceAlignment": "alignment.objectives.relational",
+    "RunConfig": "configuration.training",
     "Schedule": "alignment.schedule",
     "SiTPipeline": "pipelines.hub",
     "SiTTransformer2DModel": "models.transformer_sit",
     "SimilarityPreservingAlignment": "alignment.objectives.batch",
     "SpatialNorm": "alignment.spatial_norm",
+    "StepContext": "training.method",
     "Tap": "alignment.term",
     "Teacher": "teachers.auto_teacher",
     "TeacherFeatures": "tokens",
     "TokenMap": "tokens",
     "Trainer": "training.trainer",
+    "TrainerCallback": "training.callbacks",
     "TrainingConfig": "configuration.training",
     "TrainingInterrupted": "training.signals",
+    "TrainingMethod": "training.method",
     "WarmUp": "alignment.schedule",
     "convert_checkpoint": "conversion.convert",
-    "export_checkpoint": "conversion.to_repa",
     "explain_open_values": "training.methods.checks",
+    "export_checkpoint": "conversion.to_repa",
     "gram_kl_loss": "alignment.gram.losses",
     "gram_mse_loss": "alignment.gram.losses",
+    "load_training_config": "configuration.command_line",
     "parse_training_config": "configuration.command_line",
+    "register_transformer": "models.presets",
     "set_up_console": "training.logging",
 }
 
@@ -112,7 +121,9 @@ if TYPE_CHECKING:
     from diffusers_srepa.alignment.spatial_norm import SpatialNorm as SpatialNorm
     from diffusers_srepa.alignment.term import AlignmentTerm as AlignmentTerm
     from diffusers_srepa.alignment.term import Tap as Tap
+    from diffusers_srepa.configuration.command_line import load_training_config as load_training_config
     from diffusers_srepa.configuration.command_line import parse_training_config as parse_training_config
+    from diffusers_srepa.configuration.training import RunConfig as RunConfig
     from diffusers_srepa.configuration.training import TrainingConfig as TrainingConfig
     from diffusers_srepa.conversion.convert import convert_checkpoint as convert_checkpoint
     from diffusers_srepa.conversion.to_repa import export_checkpoint as export_checkpoint
@@ -123,6 +134,7 @@ if TYPE_CHECKING:
     from diffusers_srepa.interpolant import LinearInterpolant as LinearInterpolant
     from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec as AutoencoderKLCodec
     from diffusers_srepa.latents.pixels import PixelCodec as PixelCodec
+    from diffusers_srepa.models.presets import register_transformer as register_transformer
     from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel as SiTTransformer2DModel
     from diffusers_srepa.pipelines.hub import SiTPipeline as SiTPipeline
     from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import (
@@ -131,7 +143,13 @@ if TYPE_CHECKING:
     from diffusers_srepa.teachers.auto_teacher import Teacher as Teacher
     from diffusers_srepa.tokens import TeacherFeatures as TeacherFeatures
     from diffusers_srepa.tokens import TokenMap as TokenMap
+    from diffusers_srepa.training.callbacks import TrainerCallback as TrainerCallback
+    from diffusers_srepa.training.logging import set_up_console as set_up_console
+    from diffusers_srepa.training.method import LossOutput as LossOutput
+    from diffusers_srepa.training.method import Phase as Phase
+    from diffusers_srepa.training.method import StepContext as StepContext
+    from diffusers_srepa.training.method import TrainingMethod as TrainingMethod
+    from diffusers_srepa.training.methods.aligned_flow_matching import AlignedFlowMatching as AlignedFlowMatching
     from diffusers_srepa.training.methods.checks import explain_open_values as explain_open_values
-    from diffusers_srepa.training.console import set_up_console as set_up_console
-    from diffusers_srepa.training.interruption import TrainingInterrupted as TrainingInterrupted
+    from diffusers_srepa.training.signals import TrainingInterrupted as TrainingInterrupted
     from diffusers_srepa.training.trainer import Trainer as Trainer

@@ -36,7 +36,9 @@ def facts_from_config(config: RunConfig, transformer: Any, **facts: Any) -> Mode
         "global_batch_size": config.training.global_batch_size,
         "learning_rate": config.optimizer.lr,
         "ema_decay": config.training.ema_decay,
-        "precision": {"no": "fp32", None: "bf16"}.get(config.training.mixed_precision, config.training.mixed_precision),
+        "precision": {"no": "fp32", None: "bf16"}.get(
+            config.training.mixed_precision, config.training.mixed_precision
+        ),
         "vae": config.latents.vae,
         "init_from": config.model.init_from,
         "num_inference_steps": config.sampling.num_inference_steps,

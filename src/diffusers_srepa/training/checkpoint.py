@@ -107,7 +107,11 @@ def save_checkpoint(
         CheckpointError: the disk is full or fails otherwise.
     """
     final = output_dir / f"{CHECKPOINT_PREFIX}{state.step}"
-    document = {"format": FORMAT, **vars(state), "optimizers": {name: groups for name, (_, groups) in optimizers.items()}}
+    document = {
+        "format": FORMAT,
+        **vars(state),
+        "optimizers": {name: groups for name, (_, groups) in optimizers.items()},
+    }
     with writing_to(output_dir, final.name), written_folder(final) as folder:
         save_parts(averaged, folder)
         for name, component in pipeline.components.items():

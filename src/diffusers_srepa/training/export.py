@@ -111,7 +111,9 @@ class RunWriter:
             CheckpointError: it could not be written; the earlier ones are untouched.
         """
         main, modules = self.accelerator.is_main_process, self.method.modules
-        raw = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+        raw = {
+            f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
+        }
         # These tensors stay the trained weights while parameters and averages change places below.
         raw = gather(raw, keep=main)
         states = {name: optimizer_state(phase, modules) for name, phase in self.training.plain_optimizers().items()}

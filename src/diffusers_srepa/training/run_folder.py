@@ -199,9 +199,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
 def write_manifest(folder: Path) -> None:
     """Write size and SHA-256 of every file below `folder` into it, for `find_damage`."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    manifest = {
-        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files
-    }
+    manifest = {str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
 
 

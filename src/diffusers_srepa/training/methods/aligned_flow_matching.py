@@ -68,9 +68,7 @@ class AlignedFlowMatching(TrainingMethod):
         self.class_token_weight = alignment.class_token_weight
         self.latent_space = build_latent_space(config)
         self.grid = token_grid(config, self.latent_space, student_patch_size(config, transformer))
-        self.teachers = {
-            name: build_teacher(config, name, self.grid) for name in sorted(self.needed_teachers(step=0))
-        }
+        self.teachers = {name: build_teacher(config, name, self.grid) for name in sorted(self.needed_teachers(step=0))}
         for term in self.criterion.terms.values():
             if term.teacher is not None:
                 term.resample = term.resample or teacher_settings(config, term.teacher).resample

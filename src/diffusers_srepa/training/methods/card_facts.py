@@ -69,9 +69,7 @@ def _teacher_names(config: TrainingConfig, terms: Mapping[str, AlignmentTerm]) -
     return sorted(names | ({DEFAULT} if config.alignment.class_token_weight is not None else set()))
 
 
-def _taps(
-    config: TrainingConfig, terms: Mapping[str, AlignmentTerm], transformer: Any
-) -> dict[str, int | str]:
+def _taps(config: TrainingConfig, terms: Mapping[str, AlignmentTerm], transformer: Any) -> dict[str, int | str]:
     """Block, counted from 1, or module path of every tap that a term reads."""
     known = known_taps(config, transformer)
     used = {term.tap for term in terms.values()}
