@@ -12,6 +12,7 @@ from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.models.presets import find_preset
 from diffusers_srepa.publishing.model_card import ModelCardFacts, write_model_card
 from diffusers_srepa.schedulers.registry import SCHEDULER_TITLES
+from diffusers_srepa.training.distributed import DEFAULT_PRECISION
 from diffusers_srepa.training.method import TrainingMethod
 from diffusers_srepa.training.run_folder import METRICS_FILE
 
@@ -25,6 +26,8 @@ def facts_from_config(config: RunConfig, transformer: Any, **facts: Any) -> Mode
         **facts: further fields of `ModelCardFacts`, such as those of the method, `hub_id` and `losses`; they win over
             the configuration's, and their `settings` come before its rows.
     """
+    # A recipe leaves the precision to the launcher, and without its word it is this.
+    precision = config.training.mixed_precision or DEFAULT_PRECISION
     values: dict[str, Any] = {
         "model_name": model_name(config, transformer),
         "num_parameters": transformer.num_parameters(),
@@ -36,9 +39,7 @@ def facts_from_config(config: RunConfig, transformer: Any, **facts: Any) -> Mode
         "global_batch_size": config.training.global_batch_size,
         "learning_rate": config.optimizer.lr,
         "ema_decay": config.training.ema_decay,
-        "precision": {"no": "fp32", None: "bf16"}.get(
-            config.training.mixed_precision, config.training.mixed_precision
-        ),
+        "precision": {"no": "fp32"}.get(precision, precision),
         "vae": config.latents.vae,
         "init_from": config.model.init_from,
         "num_inference_steps": config.sampling.num_inference_steps,

@@ -107,11 +107,8 @@ def save_checkpoint(
         CheckpointError: the disk is full or fails otherwise.
     """
     final = output_dir / f"{CHECKPOINT_PREFIX}{state.step}"
-    document = {
-        "format": FORMAT,
-        **vars(state),
-        "optimizers": {name: groups for name, (_, groups) in optimizers.items()},
-    }
+    groups = {name: names for name, (_, names) in optimizers.items()}
+    document = {"format": FORMAT, **vars(state), "optimizers": groups}
     with writing_to(output_dir, final.name), written_folder(final) as folder:
         save_parts(averaged, folder)
         for name, component in pipeline.components.items():
@@ -171,8 +168,8 @@ def _read_document(folder: Path) -> dict[str, Any]:
     document = json.loads((folder / STATE_FILE).read_text())
     if document.get("format") not in (1, FORMAT):
         raise ConfigurationError(
-            f"the checkpoint {folder} has the format {document.get('format')}, but this version reads 1 to {FORMAT}: go "
-            "on with the version of diffusers_srepa that wrote it."
+            f"the checkpoint {folder} has the format {document.get('format')}, but this version reads 1 to {FORMAT}: "
+            "go on with the version of diffusers_srepa that wrote it."
         )
     return document
 

@@ -38,7 +38,7 @@ from diffusers_srepa.errors import ConfigurationError
 # The other processes wait while one downloads a dataset, samples validation images or writes a checkpoint. A process
 # that dies does not need this limit to be noticed: the launcher ends the others.
 LONGEST_WAIT = timedelta(hours=3)
-_DEFAULT_PRECISION = "bf16"
+DEFAULT_PRECISION = "bf16"
 
 
 def resolve_precision(option: str | None, environment: Mapping[str, str] | None = None) -> str:
@@ -52,7 +52,7 @@ def resolve_precision(option: str | None, environment: Mapping[str, str] | None 
     environment = os.environ if environment is None else environment
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched in ("no", ""):
-        return option or _DEFAULT_PRECISION
+        return option or DEFAULT_PRECISION
     if launched not in ("bf16", "fp16"):
         raise ConfigurationError(
             f"the launcher was asked for the precision {launched}, but training knows bf16, fp16 and no: change the "

@@ -111,13 +111,13 @@ class RunWriter:
             CheckpointError: it could not be written; the earlier ones are untouched.
         """
         main, modules = self.accelerator.is_main_process, self.method.modules
-        raw = {
-            f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
-        }
+        states = {name: module.state_dict() for name, module in modules.items()}
         # These tensors stay the trained weights while parameters and averages change places below.
-        raw = gather(raw, keep=main)
-        states = {name: optimizer_state(phase, modules) for name, phase in self.training.plain_optimizers().items()}
-        optimizers = {name: (gather(tensors, keep=main), groups) for name, (tensors, groups) in states.items()}
+        raw = gather({f"{name}.{key}": value for name, saved in states.items() for key, value in saved.items()}, main)
+        optimizers = {}
+        for name, optimizer in self.training.plain_optimizers().items():
+            tensors, groups = optimizer_state(optimizer, modules)
+            optimizers[name] = (gather(tensors, keep=main), groups)
         with self.averaged_modules() as averaged:
             if main:
                 folder = save_checkpoint(

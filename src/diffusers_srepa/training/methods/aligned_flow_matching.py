@@ -61,7 +61,7 @@ class AlignedFlowMatching(TrainingMethod):
         self.config = config
         self.given_transformer = transformer
         alignment = config.alignment
-        # A null term was taken out of the preset; it stays in the configuration, so that reading it again does the same.
+        # A null term was taken out of the preset; it stays in the configuration, which then means the same again.
         terms = {name: term for name, term in alignment.terms.items() if term is not None}
         self.criterion = AlignmentLoss(build_terms(terms, alignment.target_transform))
         self.interpolant = get_interpolant(config.flow.path)
@@ -163,7 +163,7 @@ class AlignedFlowMatching(TrainingMethod):
 
     @cached_property
     def _publishable_vae(self) -> Any:
-        """The autoencoder in float32; one that encodes in half precision is loaded again, so that nothing is rounded."""
+        """The autoencoder in float32; one in half precision is loaded again, so that nothing is rounded."""
         space = self.latent_space
         if not isinstance(space, AutoencoderKLLatents):
             return None
