@@ -119,12 +119,12 @@ def test_the_first_step_is_that_of_the_checkpoint(start, tmp_path: Path, form: s
     options = ["--alignment.preset", "reg"] if form == "reg" else []
     trainer = start(state, form, *options)
 
-    projector = trainer.unwrapped.projectors["default"].state_dict()
+    projector = trainer.modules["student"].projectors["default"].state_dict()
     assert torch.equal(projector["layers.0.weight"], state["projectors.0.0.weight"])
     assert torch.equal(projector["layers.4.bias"], state["projectors.0.4.bias"])
-    assert torch.equal(trainer.parts.transformer.pos_embed, state["pos_embed"][:, -16:])
+    assert torch.equal(trainer.method.transformer.pos_embed, state["pos_embed"][:, -16:])
     qkv = state["blocks.1.attn.qkv.weight"]
-    assert torch.equal(trainer.parts.transformer.transformer_blocks[1].attn.to_k.weight, qkv[DIM : 2 * DIM])
+    assert torch.equal(trainer.method.transformer.transformer_blocks[1].attn.to_k.weight, qkv[DIM : 2 * DIM])
 
     expected = first_loss(trainer, state, form)
     trainer.train()
@@ -143,7 +143,7 @@ def test_a_sit_without_projector_gets_a_new_one(start, tmp_path: Path):
     trainer = start(state, "sit")
     own = {
         name.replace("layers", "projectors.0"): value.clone()
-        for name, value in trainer.unwrapped.projectors["default"].state_dict().items()
+        for name, value in trainer.modules["student"].projectors["default"].state_dict().items()
     }
     expected = first_loss(trainer, state | own, "sit")
     trainer.train()

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from diffusers_srepa.training.interruption import EXIT_CODE
+from diffusers_srepa.training.signals import EXIT_CODE
 from tests.helpers.launched_run import LAUNCHER, environment, is_alive, logged_steps, run, start, wait_until
 from tests.helpers.tiny_run import write_assets
 

@@ -15,6 +15,7 @@ from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.training.trainer import Trainer
+from tests.helpers.run_losses import plain_context
 
 
 PATCHES_ALONE = ["--alignment.terms.gram_mse.objective.include_prefix_tokens", "false"]
@@ -67,7 +68,7 @@ def test_a_run_by_preset_samples_with_a_guided_class_token(assets: Path, tmp_pat
 def test_the_loss_of_one_batch_by_hand(assets: Path, tmp_path: Path, options: list[str]) -> None:
     trainer = build(assets, tmp_path, "--alignment.preset", "reg+srepa", *options)
     with torch.no_grad():
-        for parameter in trainer.unwrapped.parameters():
+        for parameter in trainer.modules["student"].parameters():
             # A freshly initialised SiT predicts exactly zero, whatever it is given.
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     seen: dict[str, Any] = {}
@@ -75,22 +76,22 @@ def test_the_loss_of_one_batch_by_hand(assets: Path, tmp_path: Path, options: li
     def keep_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         seen.update(x_t=args[0], t=args[1] / 1000, class_token=kwargs["class_token"], output=output)
 
-    trainer.unwrapped.transformer.register_forward_hook(keep_call, with_kwargs=True)
-    tapped = trainer.unwrapped.transformer.transformer_blocks[0]
+    trainer.modules["student"].transformer.register_forward_hook(keep_call, with_kwargs=True)
+    tapped = trainer.modules["student"].transformer.transformer_blocks[0]
     tapped.register_forward_hook(lambda module, args, output: seen.update(hidden=output))
     pixels = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 0])
     batch = {"pixel_values": pixels, "class_labels": labels, "position": torch.arange(4), "index": torch.arange(4)}
-    output = trainer.method(batch, step=0)
+    output = trainer.method.loss(batch, plain_context(trainer))
 
-    features = trainer.parts.teachers["default"](pixels.float() / 255)
+    features = trainer.method.teachers["default"](pixels.float() / 255)
     t = seen["t"].view(4, 1)
     noise = (seen["class_token"] - (1 - t) * features.class_token) / t
     assert 0.8 < noise.std() < 1.2 and noise.mean().abs() < 0.3
     class_loss = F.mse_loss(seen["output"].class_token, noise - features.class_token)
     torch.testing.assert_close(output.parts["class_token"], class_loss, rtol=1e-3, atol=1e-4)
 
-    student = trainer.unwrapped.projectors["default"].layers(seen["hidden"])
+    student = trainer.modules["student"].projectors["default"].layers(seen["hidden"])
     teacher = torch.cat([features.class_token[:, None], features.patch_tokens], dim=1)
     assert student.shape == teacher.shape == (4, 17, 24)
     cosine = -F.cosine_similarity(student, teacher, dim=-1).mean()

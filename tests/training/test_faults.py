@@ -5,7 +5,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from safetensors.torch import load_file
 
 from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.pipelines.hub import SiTPipeline
-from diffusers_srepa.training import export, interruption
-from diffusers_srepa.training.checkpoints import CheckpointError, read_state
-from diffusers_srepa.training.interruption import StopRequest, TrainingInterrupted, outlive_signals
+from diffusers_srepa.training import export, signals
+from diffusers_srepa.training.checkpoint import read_state
+from diffusers_srepa.training.resume import Resumed
+from diffusers_srepa.training.run_folder import CheckpointError
+from diffusers_srepa.training.signals import StopRequest, TrainingInterrupted, outlive_signals
 from diffusers_srepa.training.trainer import Trainer
+from tests.helpers.run_losses import before_step
 from tests.helpers.tiny_run import write_assets
 
 
@@ -45,18 +48,6 @@ def _small_files_only() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def _at_step(trainer: Trainer, chosen: int, action: Callable[[], Any]) -> None:
-    method = trainer.method
-
-    def step_of(batch: Any, step: int) -> Any:
-        if step == chosen:
-            action()
-        return method(batch, step)
-
-    step_of.student = method.student  # type: ignore[attr-defined]
-    trainer.method = step_of  # type: ignore[assignment]
-
-
 def _fill_disk(limit: int = 20_000) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -64,14 +55,14 @@ def _fill_disk(limit: int = 20_000) -> None:
 def test_a_disk_that_is_full_ends_the_run_in_one_sentence_and_it_goes_on_later(assets: Path, tmp_path: Path) -> None:
     _trainer(assets, tmp_path / "whole").train()
     trainer = _trainer(assets, tmp_path / "run")
-    _at_step(trainer, 2, _fill_disk)
+    before_step(trainer, 2, _fill_disk)
     with _small_files_only(), pytest.raises(CheckpointError) as error:
         trainer.train()
     message = str(error.value)
     assert "checkpoint-4 could not be written" in message and "the last complete checkpoint is checkpoint-2" in message
     assert "\n" not in message and not list((tmp_path / "run").glob(".incomplete-*"))
     _trainer(assets, tmp_path / "run", "--resume_from_checkpoint", "latest").train()
-    for file in ("ema.safetensors", "optimizer.safetensors"):
+    for file in ("raw.safetensors", "optimizer_student.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
         ours, expected = (load_file(tmp_path / name / "checkpoint-4" / file) for name in ("run", "whole"))
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
@@ -82,7 +73,7 @@ def test_whatever_cannot_be_written_is_one_sentence_that_names_the_last_checkpoi
 ) -> None:
     options = ["--training.log_every", "4", "--validation.every", "3"] if what == "pictures" else []
     trainer = _trainer(assets, tmp_path, *options)
-    _at_step(trainer, 2, lambda: _fill_disk(50))
+    before_step(trainer, 2, lambda: _fill_disk(50))
     with (
         _small_files_only(),
         pytest.raises(CheckpointError, match="last complete checkpoint is checkpoint-2") as error,
@@ -98,7 +89,7 @@ def test_a_console_that_is_gone_does_not_end_a_run(
     with os.fdopen(writing, "w", buffering=1) as console:
         monkeypatch.setattr(sys, "stderr", console)
         trainer = _trainer(assets, tmp_path)
-        _at_step(trainer, 1, lambda: os.close(reading))
+        before_step(trainer, 1, lambda: os.close(reading))
         trainer.train()
         monkeypatch.undo()
         with pytest.raises(BrokenPipeError):
@@ -134,7 +125,7 @@ def test_a_signal_while_images_are_sampled_gives_them_up_and_stops(assets: Path,
             if len(calls) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.parts.transformer.register_forward_pre_hook(ask)
+    trainer.method.transformer.register_forward_pre_hook(ask)
     with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 1; the newest checkpoint is .*-1:"):
         trainer.train()
     assert len(calls) <= 4 and not (tmp_path / "validation").exists()
@@ -148,7 +139,7 @@ def test_signals_in_quick_succession_are_one_request(monkeypatch: pytest.MonkeyP
             for _ in range(3):
                 os.kill(os.getpid(), signal.SIGTERM)
             assert stop.requested() and received == []
-            monkeypatch.setattr(interruption, "_SECONDS_OF_ONE_REQUEST", 0.0)
+            monkeypatch.setattr(signals, "_SECONDS_OF_ONE_REQUEST", 0.0)
             os.kill(os.getpid(), signal.SIGTERM)
             assert received == [signal.SIGTERM]
     finally:
@@ -164,7 +155,7 @@ def test_between_two_pipelines_there_is_none(assets: Path, tmp_path: Path, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
-        trainer.writer.finish(4)
+        trainer.writer.finish(4, None)
     assert not (tmp_path / "model_index.json").exists()
     _trainer(assets, tmp_path, "--resume_from_checkpoint", "latest").train()
     SiTPipeline.from_pretrained(tmp_path)
@@ -181,9 +172,9 @@ def test_a_pipeline_that_cannot_be_written_is_written_by_a_resume(assets: Path, 
     assert not (tmp_path / "model_index.json").exists() and not list(tmp_path.glob(".incomplete-*"))
     _trainer(assets, tmp_path, "--resume_from_checkpoint", "latest").train()
     pipeline = SiTPipeline.from_pretrained(tmp_path)
-    average = load_file(tmp_path / "checkpoint-4" / "ema.safetensors")
+    average = load_file(tmp_path / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, weight in pipeline.transformer.named_parameters():
-        assert torch.equal(weight, average[f"transformer.{name}"]), name
+        assert torch.equal(weight, average[name]), name
 
 
 def test_the_state_of_the_loss_scaler_is_resumed(assets: Path, tmp_path: Path) -> None:
@@ -191,13 +182,14 @@ def test_the_state_of_the_loss_scaler_is_resumed(assets: Path, tmp_path: Path) -
     trainer = _trainer(assets, tmp_path, *options)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     trainer.accelerator.scaler = scaler
-    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    phase = trainer.training.optimizers["student"]
+    phase.optimizer = AcceleratedOptimizer(phase.optimizer.optimizer, scaler=scaler)
     trainer.train()
     grown = {"scale": 2048.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2, "_growth_tracker": 0}
     assert scaler.state_dict() == grown
     again = _trainer(assets, tmp_path, "--training.max_steps", "3", "--resume_from_checkpoint", "latest")
     again.accelerator.scaler = torch.amp.GradScaler("cpu")
-    again._restore(tmp_path / "checkpoint-2", read_state(tmp_path / "checkpoint-2"))
+    again._restore(Resumed(tmp_path / "checkpoint-2", read_state(tmp_path / "checkpoint-2")))
     assert again.accelerator.scaler.state_dict() == grown
 
 

@@ -9,7 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from diffusers_srepa.configuration.command_line import load_training_config
+from diffusers_srepa.training.method import StepContext
 from diffusers_srepa.training.trainer import Trainer
+from tests.helpers.run_losses import plain_context
 
 
 def _trainer(assets: Path, folder: Path, *options: str) -> Trainer:
@@ -30,14 +32,14 @@ def test_half_precision_reaches_the_student_and_the_teacher_but_not_the_alignmen
 ) -> None:
     trainer = _trainer(assets, tmp_path)
     seen: dict[str, Any] = {}
-    attention, teacher = trainer.parts.transformer.transformer_blocks[0].attn, trainer.parts.teachers["default"]
+    attention, teacher = trainer.method.transformer.transformer_blocks[0].attn, trainer.method.teachers["default"]
     attention.to_q.register_forward_hook(lambda module, inputs, output: seen.update(query=output.dtype))
     teacher.register_forward_hook(lambda module, inputs, output: seen.update(target=output.patch_tokens.double()))
-    trainer.unwrapped.register_forward_hook(lambda module, inputs, output: seen.update(tokens=output[1]))
-    # What accelerate has not wrapped in autocast, as under FSDP2.
-    trainer.method.student = trainer.accelerator.unwrap_model(trainer.student, keep_fp32_wrapper=False)
-    trainer.method.autocast = partial(torch.autocast, "cpu", dtype=dtype)
-    output = trainer.method(_batch(trainer), 0)
+    trainer.modules["student"].register_forward_hook(lambda module, inputs, output: seen.update(tokens=output[1]))
+    # The module as accelerate has not wrapped it in autocast, as under FSDP2.
+    student = trainer.accelerator.unwrap_model(trainer.training.wrapped["student"], keep_fp32_wrapper=False)
+    autocast = partial(torch.autocast, "cpu", dtype=dtype)
+    output = trainer.method.loss(_batch(trainer), StepContext(0, {"student": student}, trainer.ema.of_module, autocast))
     assert seen["query"] == dtype
     student = F.normalize(seen["tokens"]["default", "default"].tokens.detach().double(), dim=-1)
     target = F.normalize(seen["target"], dim=-1)
@@ -58,12 +60,12 @@ def test_a_teacher_whose_tokens_are_all_zero_gives_no_nan(
     assets: Path, tmp_path: Path, preset: str, precision: str
 ) -> None:
     trainer = _trainer(assets, tmp_path, "--alignment.preset", preset, "--training.mixed_precision", precision)
-    norm = trainer.parts.teachers["default"].model.layernorm
+    norm = trainer.method.teachers["default"].model.layernorm
     with torch.no_grad():
         norm.weight.zero_()
         norm.bias.zero_()
-    output = trainer.method(_batch(trainer), 0)
+    output = trainer.method.loss(_batch(trainer), plain_context(trainer))
     assert output.parts["alignment/cosine"] == 0 and torch.isfinite(output.loss)
     output.loss.backward()
-    for name, parameter in trainer.unwrapped.named_parameters():
+    for name, parameter in trainer.modules["student"].named_parameters():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name

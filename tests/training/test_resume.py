@@ -31,7 +31,7 @@ def test_changed_options_are_listed_and_refused_unless_allowed(assets: Path, tmp
     ):
         assert option in str(error.value)
     trainer = _trainer(assets, tmp_path, *again, "--optimizer.lr", "0.5", "--resume_with_changes")
-    assert trainer.optimizer.param_groups[0]["lr"] == 0.5 and trainer.step == 2
+    assert trainer.training.optimizers["student"].optimizer.param_groups[0]["lr"] == 0.5 and trainer.step == 2
 
 
 def test_what_does_not_shape_the_training_may_change(assets: Path, tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_training_goes_on_from_a_finished_pipeline_also_at_another_size(assets: 
     start = ["--model.init_from", str(tmp_path / "small")]
     trainer = _trainer(assets, tmp_path / "same", *start)
     saved = load_file(tmp_path / "small" / "projectors" / "default" / "diffusion_pytorch_model.safetensors")
-    state = trainer.unwrapped.projectors["default"].state_dict()
+    state = trainer.modules["student"].projectors["default"].state_dict()
     assert all(torch.equal(state[name], saved[name]) for name in saved)
     larger = ["--data.resolution", "32", "--training.max_steps", "1", "--validation.every", "1"]
     trainer = _trainer(assets, tmp_path / "large", *start, *larger)
     weights = load_file(tmp_path / "small" / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(trainer.parts.transformer.proj_out.weight, weights["proj_out.weight"])
+    assert torch.equal(trainer.method.transformer.proj_out.weight, weights["proj_out.weight"])
     trainer.train()
     assert Image.open(tmp_path / "large" / "validation" / "step-1" / "0000.png").size == (32, 32)
     with pytest.raises(ConfigurationError, match="has num_layers 3, but this run needs 5"):

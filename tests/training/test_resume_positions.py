@@ -123,7 +123,7 @@ def test_a_loader_process_that_dies_ends_the_run_and_a_resume_mends_it(
     options = ["--data.num_workers", "1", "--checkpoints.every", "1"]
     _trainer(assets, images, tmp_path / "whole", *options).train()
     trainer = _trainer(assets, images, tmp_path / "run", *options)
-    trainer.parts.dataset = _KilledAt(trainer.parts.dataset, 3)
+    trainer.dataset = _KilledAt(trainer.dataset, 3)
     with pytest.raises(DataError, match=r"^one of the 1 loader process.* data.num_workers, and .* latest\.$") as error:
         trainer.train()
     assert "\n" not in str(error.value)

@@ -40,7 +40,7 @@ def _trainer(assets: Path, shards: Path, output_dir: Path, *options: str) -> Tra
     arguments += ["--data.dataset", str(shards), "--data.streaming", "--data.horizontal_flip", "true"]
     arguments += ["--data.cache_dir", str(output_dir.parent / "cache")]
     trainer = Trainer(load_training_config([*arguments, *options]))
-    trainer.parts.dataset.block_rows = 5
+    trainer.dataset.block_rows = 5
     return trainer
 
 

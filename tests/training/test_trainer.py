@@ -109,7 +109,7 @@ def test_after_a_hard_stop_the_projector_rests_and_the_teacher_is_gone(assets: P
         "1",
     ]
     trainer = _train(assets, tmp_path, *options)
-    assert trainer.parts.teachers == {}
+    assert trainer.method.teachers == {}
     projectors = [_weights(tmp_path / f"checkpoint-{step}" / "projectors" / "default") for step in (1, 2, 3, 4)]
     assert not torch.equal(projectors[0]["layers.0.weight"], projectors[1]["layers.0.weight"])
     assert torch.equal(projectors[1]["layers.0.weight"], projectors[3]["layers.0.weight"])
@@ -117,7 +117,7 @@ def test_after_a_hard_stop_the_projector_rests_and_the_teacher_is_gone(assets: P
     assert [record["weight/cosine"] for record in records] == [1.0, 1.0, 0.0, 0.0]
     assert "alignment/cosine" in records[1] and "alignment/cosine" not in records[2]
     resumed = _train(assets, tmp_path, *options, "--training.max_steps", "5", "--resume_from_checkpoint", "latest")
-    assert resumed.parts.teachers == {} and len(_metrics(tmp_path)) == 5
+    assert resumed.method.teachers == {} and len(_metrics(tmp_path)) == 5
 
 
 def test_another_seed_is_another_run(assets: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def _conv_projector(folder: Path) -> Path:
 
 def test_bf16_trains_with_float32_weights_and_losses(assets: Path, tmp_path: Path) -> None:
     trainer = _train(assets, tmp_path, "--training.mixed_precision", "bf16", "--training.max_steps", "2")
-    assert {parameter.dtype for parameter in trainer.unwrapped.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in trainer.modules["student"].parameters()} == {torch.float32}
     assert all(np.isfinite(record["loss"]) for record in _metrics(tmp_path))
 
 
@@ -156,7 +156,7 @@ def test_pixels_and_unlabelled_images_train(assets: Path, tmp_path: Path) -> Non
         (images / f"{index}.png").write_bytes(file.read_bytes())
     options = ["--data.dataset", str(images), "--latents.vae", "pixels", "--model.patch_size", "4"]
     trainer = _train(assets, tmp_path / "run", *options, "--training.max_steps", "2")
-    assert trainer.parts.transformer.config.num_classes == 1
+    assert trainer.method.transformer.config.num_classes == 1
     pipeline = SiTPipeline.from_pretrained(tmp_path / "run")
     assert pipeline.vae is None
     assert pipeline(class_labels=0, num_inference_steps=2).images[0].size == (16, 16)
@@ -190,9 +190,9 @@ def test_several_teachers_depths_and_projectors_train_together(assets: Path, tmp
         )
     )
     trainer = _train(assets, tmp_path / "run", "--config", str(tmp_path / "many.yaml"), "--training.max_steps", "2")
-    assert set(trainer.parts.teachers) == {"default", "clip"}
+    assert set(trainer.method.teachers) == {"default", "clip"}
     assert {path.name for path in (tmp_path / "run" / "projectors").iterdir()} == {"default", "clip"}
-    assert set(trainer.unwrapped.features) == {("default", "default"), ("late", "clip")}
+    assert set(trainer.modules["student"].features) == {("default", "default"), ("late", "clip")}
     record = _metrics(tmp_path / "run")[-1]
     parts = record["flow"] + record["alignment/cosine"] + 2 * record["alignment/gram_mse"]
     assert record["loss"] == pytest.approx(parts + 0.5 * record["alignment/clip"], rel=1e-5)

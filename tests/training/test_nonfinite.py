@@ -1,8 +1,8 @@
 """A loss that is not finite: the step is skipped and leaves no trace, and too many of them end the run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 from diffusers_srepa.configuration.command_line import load_training_config
-from diffusers_srepa.training.method import MethodOutput
+from diffusers_srepa.training.method import LossOutput
 from diffusers_srepa.training.trainer import Trainer
+from tests.helpers.run_losses import change_losses
 from tests.helpers.tiny_run import write_assets
 
 
@@ -24,21 +25,18 @@ def _trainer(assets: Path, folder: Path, bad: dict[int, float], *options: str) -
     """A run whose loss is multiplied by `bad[step]` at some steps."""
     arguments = ["--config", str(assets / "config.yaml"), "--output_dir", str(folder), *options]
     trainer = Trainer(load_training_config(arguments))
-    method = trainer.method
 
-    def spoiled(batch: Any, step: int) -> MethodOutput:
-        output = method(batch, step)
-        return MethodOutput(output.loss * bad.get(step, 1.0), output.parts, output.weights)
+    def spoiled(output: LossOutput, step: int) -> LossOutput:
+        return replace(output, loss=output.loss * bad.get(step, 1.0))
 
-    trainer.method = spoiled  # type: ignore[assignment]
-    spoiled.student = method.student  # type: ignore[attr-defined]
+    change_losses(trainer, spoiled)
     return trainer
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {
         f"{file.stem}/{name}": tensor
-        for file in (checkpoint / "ema.safetensors", checkpoint / "optimizer.safetensors")
+        for file in (checkpoint / "raw.safetensors", checkpoint / "optimizer_student.safetensors")
         for name, tensor in load_file(file).items()
     }
 
@@ -61,15 +59,13 @@ def test_a_bad_step_changes_nothing_but_the_step(assets: Path, tmp_path: Path, f
 
 def test_the_average_and_the_optimiser_are_those_of_the_step_before(assets: Path, tmp_path: Path) -> None:
     trainer = _trainer(assets, tmp_path, {1: float("nan")})
-    trainer.student.train()
     batches = trainer._batches()
-    trainer._train_step(batches)
-    before = {name: tensor.clone() for name, tensor in trainer.unwrapped.state_dict().items()}
-    average = {name: tensor.clone() for name, tensor in trainer.average.state().items()}
-    trainer.step = 1
-    assert trainer._train_step(batches) is None
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.unwrapped.state_dict().items())
-    assert all(torch.equal(tensor, average[name]) for name, tensor in trainer.average.state().items())
+    trainer.training.run(batches, 0)
+    before = {name: tensor.clone() for name, tensor in trainer.modules["student"].state_dict().items()}
+    average = {name: tensor.clone() for name, tensor in trainer.ema.averages.items()}
+    assert trainer.training.run(batches, 1)[0] is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.modules["student"].state_dict().items())
+    assert all(torch.equal(tensor, average[name]) for name, tensor in trainer.ema.averages.items())
     batches.close()
 
 
