@@ -62,7 +62,7 @@ def facts_from_config(config: TrainingConfig, transformer: SiTTransformer2DModel
         "global_batch_size": config.training.global_batch_size,
         "learning_rate": config.optimizer.lr,
         "ema_decay": config.training.ema_decay,
-        "precision": {"no": "fp32"}.get(config.training.mixed_precision, config.training.mixed_precision),
+        "precision": (config.training.mixed_precision or "bf16").replace("no", "fp32"),
         "vae": config.latents.vae,
         "teacher": teachers.pop(DEFAULT, None),
         "further_teachers": teachers,
@@ -150,7 +150,9 @@ def _settings(config: TrainingConfig, terms: Mapping[str, AlignmentTerm]) -> dic
     return rows
 
 
-def _literal_text(literal: Mapping[str, Any]) -> str:
+def _literal_text(literal: str | Mapping[str, Any]) -> str:
+    if isinstance(literal, str):
+        return literal
     arguments = ", ".join(f"{key} {value}" for key, value in literal.items() if key != "name")
     return f"{literal['name']} ({arguments})" if arguments else str(literal["name"])
 

@@ -48,7 +48,7 @@ class Reports:
     def announce(self) -> None:
         """Say what is trained, and what about it is questionable."""
         config, parts = self.config, self.parts
-        precision = config.training.mixed_precision.replace("no", "full")
+        precision = str(config.training.mixed_precision).replace("no", "full")
         logger.info(
             f"training {config.model.preset} ({parts.transformer.num_parameters():,} parameters) with "
             f"{config.alignment.preset}: {config.training.max_steps} steps of {config.training.global_batch_size} "
