@@ -115,7 +115,8 @@ def test_ranges_are_looked_at_in_further_teachers_too() -> None:
 # What may change without making another run of it.
 FREE = """output_dir resume_from_checkpoint resume_with_changes overwrite_output_dir expected_processes push_to_hub
 hub_model_id hub_private hub_license model.gradient_checkpointing model.compile model.init_from data.dataset
-data.data_dir data.cache_dir data.latent_cache data.num_workers training.max_steps training.micro_batch_size training.log_every"""
+data.data_dir data.cache_dir data.latent_cache data.num_workers training.max_steps training.micro_batch_size
+training.log_every"""
 FREE_SECTIONS = ("sampling", "validation", "checkpoints", "tracking")
 
 

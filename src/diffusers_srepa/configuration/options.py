@@ -120,7 +120,7 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Option, Any]]:
 
     Dataclasses that are entries of a mapping are walked as well, as in `teachers.<name>.grid`.
     """
-    options = options_of(type(config))
+    options = options_of(type(config))  # type: ignore[arg-type]
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         inner = value.items() if isinstance(value, Mapping) else ()

@@ -17,14 +17,10 @@ from diffusers_srepa.schedulers.registry import SCHEDULER_TITLES
 class ModelConfig:
     """The transformer."""
 
-    preset: str = option(
-        "SiT-XL/2",
-        "Size of the transformer, SiT-{S,B,L,XL}/{2,4,8}; the options below that are given replace its values.",
-        also=("model_config_name_or_path",),
-    )
+    preset: str = option("SiT-XL/2", "Size, SiT-{S,B,L,XL}/{2,4,8}; the options below replace its values.")
     init_from: str | None = option(
         None,
-        "Pipeline (folder or Hub id) whose transformer, and projectors if it has them, training starts from.",
+        "Pipeline (folder or Hub id) whose transformer and projectors training starts from.",
         resume=True,
         also=("pretrained_model_name_or_path",),
     )
@@ -32,21 +28,21 @@ class ModelConfig:
     num_layers: int | None = option(None, "Number of transformer blocks.", minimum=1)
     num_attention_heads: int | None = option(None, "Attention heads per block.", minimum=1)
     attention_head_dim: int | None = option(
-        None, "Width of one attention head; the hidden width is heads x head width.", minimum=1
+        None, "Width of a head; the hidden width is heads x head width.", minimum=1
     )
-    mlp_ratio: float | None = option(None, "Hidden width of a block's MLP relative to the hidden width.", above=0)
+    mlp_ratio: float | None = option(None, "Width of a block's MLP relative to the hidden width.", above=0)
     qk_norm: bool | None = option(None, "Normalise queries and keys.")
     num_classes: int | None = option(None, "Number of classes; by default the dataset's.", minimum=1)
     class_dropout_prob: float = option(
         0.1,
-        "Share of labels replaced by the null class, for classifier-free guidance.",
+        "Share of labels replaced by the null class, for guidance.",
         minimum=0,
         below=1,
         card="Label dropout",
-        also=("proportion_empty_prompts", "cfg_prob"),
+        also=("cfg_prob",),
     )
     gradient_checkpointing: bool = option(
-        False, "Recompute block activations in the backward pass to save memory.", resume=True
+        False, "Recompute activations in the backward pass to save memory.", resume=True
     )
     compile: bool = option(False, "Compile the transformer blocks with torch.compile.", resume=True)
 
@@ -58,7 +54,7 @@ class LatentsConfig:
     vae: str = option(
         "stabilityai/sd-vae-ft-mse",
         'Autoencoder (folder or Hub id, also of a pipeline that has a vae), or "pixels".',
-        also=("pretrained_vae_model_name_or_path", "vae_model_name_or_path"),
+        also=("pretrained_vae_model_name_or_path",),
     )
     subfolder: str | None = option(None, "Folder of the autoencoder inside its repository.")
     revision: str | None = option(None, "Revision of the autoencoder's repository.")
@@ -70,13 +66,11 @@ class TeacherConfig:
     """A frozen vision encoder."""
 
     name_or_path: str = option(
-        "facebook/dinov2-base",
-        "Model (folder or Hub id); not loaded when no term of the alignment needs a teacher.",
-        also=("enc_type",),
+        "facebook/dinov2-base", "Model (folder or Hub id); loaded only if a term of the alignment needs it."
     )
     grid: tuple[int, int] | None = option(
         None,
-        "Rows and columns of teacher tokens; by default the finer of the student's grid and resolution / 16.",
+        "Rows and columns of its tokens; by default the finer of the student's grid and resolution / 16.",
         minimum=1,
     )
     layer: int | None = option(
@@ -97,10 +91,7 @@ class AlignmentConfig:
         DEFAULT_PRESET, "Method by the paper's name: sit, repa, irepa, srepa-mse, srepa-kl, structure-mse, ..."
     )
     depth: int | None = option(
-        None,
-        "Block whose output is aligned, counted from 1; by default 4 for B, 8 for L and XL, else a third.",
-        minimum=1,
-        also=("encoder_depth",),
+        None, "Block whose output is aligned, from 1; by default 4 for B, 8 for L and XL, else a third.", minimum=1
     )
     tap: str | None = option(None, "Dotted path of the module whose output is aligned, instead of depth.")
     taps: dict[str, Any] = option(
@@ -120,7 +111,6 @@ class AlignmentConfig:
     terms: dict[str, Any] = option(
         default_factory=dict,
         help="Alignment terms by name, {objective: {name: ...}, weight: number or schedule}; null removes a preset's.",
-        also=("proj_coeff",),
     )
     class_token_weight: float | None = option(
         None,
@@ -133,23 +123,12 @@ class AlignmentConfig:
 class FlowConfig:
     """The flow-matching objective."""
 
-    path: str = option("linear", "Path between data and noise.", choices=("linear", "cosine"), also=("path_type",))
+    path: str = option("linear", "Path between data and noise.", choices=("linear", "cosine"))
     timestep_sampling: str = option(
-        "uniform",
-        "How the training times are drawn.",
-        choices=("uniform", "lognormal"),
-        also=("weighting_scheme", "weighting"),
-        formerly="flow.timestep_law",
+        "uniform", "How the training times are drawn.", choices=("uniform", "lognormal"), formerly="flow.timestep_law"
     )
-    lognormal_mean: float = option(
-        0.0, "Mean of log(sigma / alpha) for log-normal training times.", also=("logit_mean",)
-    )
-    lognormal_std: float = option(
-        1.0,
-        "Standard deviation of log(sigma / alpha) for log-normal training times.",
-        minimum=0,
-        also=("logit_std",),
-    )
+    lognormal_mean: float = option(0.0, "Mean of log(sigma / alpha) for log-normal times.")
+    lognormal_std: float = option(1.0, "Standard deviation of log(sigma / alpha) for log-normal times.", minimum=0)
 
 
 @dataclass
@@ -160,7 +139,7 @@ class DataConfig:
         None,
         "Dataset of the Hub, or a local folder of images, parquet or arrow files.",
         resume=True,
-        also=("dataset_name", "train_data_dir", "instance_data_dir"),
+        also=("dataset_name", "train_data_dir"),
     )
     name: str | None = option(None, "Configuration of the dataset.", also=("dataset_config_name",))
     split: str = option("train", "Split to train on.")
@@ -169,11 +148,7 @@ class DataConfig:
     streaming: bool = option(False, "Read the dataset as a stream instead of downloading it first.")
     image_column: str | None = option(None, "Column of the images; by default the only one of that type.")
     label_column: str | None = option(None, "Column of the class labels; by default found by type and name.")
-    resolution: int = option(
-        256,
-        "Side of the square training images in pixels, after the ADM centre crop.",
-        minimum=1,
-    )
+    resolution: int = option(256, "Side of the square images in pixels, after the ADM centre crop.", minimum=1)
     horizontal_flip: bool = option(
         False, "Flip half of the images, in every epoch anew.", card="Horizontal flips", also=("random_flip",)
     )
@@ -184,7 +159,7 @@ class DataConfig:
     cache_dir: str | None = option(None, "Folder for downloads.", resume=True)
     num_workers: int = option(
         4,
-        "Worker processes of the data loader, per training process.",
+        "Worker processes of the data loader, per process.",
         minimum=0,
         resume=True,
         also=("dataloader_num_workers",),
@@ -216,7 +191,7 @@ class LoopConfig:
 
     max_steps: int = option(
         400_000,
-        "Optimiser steps in all, counted from the very beginning also after a resume.",
+        "Optimiser steps in all, also after a resume.",
         minimum=1,
         resume=True,
         also=("max_train_steps", "num_train_epochs"),
@@ -229,10 +204,10 @@ class LoopConfig:
     )
     micro_batch_size: int | None = option(
         None,
-        "Images per forward pass and process; by default all of a process's share.",
+        "Images per forward pass and process; by default all its share.",
         minimum=1,
         resume=True,
-        also=("train_batch_size", "per_device_train_batch_size"),
+        also=("train_batch_size",),
     )
     mixed_precision: Literal["bf16", "fp16", "no"] | None = option(
         None, "Precision of the computation; by default what the launcher was told, else bf16."
@@ -241,11 +216,9 @@ class LoopConfig:
         0.9999, "Decay of the moving average of the weights, constant.", minimum=0, below=1, also=("use_ema",)
     )
     allow_tf32: bool = option(True, "Use TF32 in float32 matrix products on GPUs that have it.")
-    log_every: int = option(50, "Steps between two logged values.", minimum=1, resume=True, also=("logging_steps",))
+    log_every: int = option(50, "Steps between two logged values.", minimum=1, resume=True)
     max_skipped_steps: int = option(
-        20,
-        "Steps in a row that are skipped because loss or gradient is not finite, before the run ends.",
-        minimum=0,
+        20, "Steps in a row skipped for a loss or gradient that is not finite, before the run ends.", minimum=0
     )
 
 
@@ -255,7 +228,7 @@ class SamplingConfig:
 
     scheduler: str = option(
         "euler-maruyama",
-        "Sampler: euler-maruyama (the paper's SDE sampler) or euler (the ODE).",
+        "Sampler; euler-maruyama is the paper's SDE sampler, euler the ODE.",
         choices=tuple(SCHEDULER_TITLES),
     )
     num_inference_steps: int = option(250, "Model calls per image.", minimum=1)
@@ -271,20 +244,17 @@ class ValidationConfig:
     """Sample grids made during training with the EMA weights, from fixed seeds."""
 
     every: int = option(
-        10_000,
-        "Steps between two grids; 0 makes none, not even at the end.",
-        minimum=0,
-        also=("validation_steps", "validation_epochs"),
+        10_000, "Steps between two grids; 0 makes none, not even at the end.", minimum=0, also=("validation_steps",)
     )
     class_labels: list[Any] | None = option(
         None,
-        "Classes (numbers or names) of the images; by default the first num_images classes.",
+        "Classes (numbers or names); by default the first num_images.",
         also=("validation_prompt", "validation_prompts"),
     )
     num_images: int = option(
         16, "Number of images when class_labels is not given.", minimum=1, also=("num_validation_images",)
     )
-    batch_size: int = option(16, "Images sampled at a time.", minimum=1, also=("eval_batch_size",))
+    batch_size: int = option(16, "Images sampled at a time.", minimum=1)
     # What the generators of torch take.
     seed: int = option(0, "Seed of the first image; image i has seed + i.", minimum=0, below=2**63)
 
@@ -295,15 +265,15 @@ class CheckpointConfig:
 
     every: int = option(
         10_000,
-        "Steps between two checkpoints; one is also written at the end.",
+        "Steps between two checkpoints; one is written at the end too.",
         minimum=1,
-        also=("checkpointing_steps", "save_steps"),
+        also=("checkpointing_steps",),
     )
     total_limit: int | None = option(
         None,
         "Number of checkpoints kept, the newest ones; null keeps all.",
         minimum=1,
-        also=("checkpoints_total_limit", "save_total_limit"),
+        also=("checkpoints_total_limit",),
     )
 
 
@@ -313,8 +283,6 @@ class TrackingConfig:
 
     report_to: str = option("auto", 'An accelerate tracker, "all", "none", or "auto": tensorboard where installed.')
     project_name: str = option(
-        "diffusers-srepa",
-        "Project under which the tracker files the run.",
-        also=("tracker_project_name", "tracker_name"),
+        "diffusers-srepa", "Project under which the tracker files the run.", also=("tracker_project_name",)
     )
     run_name: str | None = option(None, "Name of the run, for trackers that have one.")

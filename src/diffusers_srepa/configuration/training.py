@@ -35,7 +35,7 @@ class RunConfig(Options):
 
     output_dir: str | None = option(
         None,
-        "Folder of the finished pipeline, its checkpoints, logs and validation grids.",
+        "Folder of the pipeline, its checkpoints, logs and grids.",
         resume=True,
         also=("logging_dir",),
     )
@@ -60,9 +60,7 @@ class RunConfig(Options):
     )
     hub_private: bool = option(False, "Create the repository as private.", resume=True)
     hub_license: str | None = option(
-        None,
-        "Licence of the weights for the model card, such as apache-2.0; by default none is named.",
-        resume=True,
+        None, "Licence of the weights for the model card, such as apache-2.0; by default none.", resume=True
     )
     model: ModelConfig = option(default_factory=ModelConfig, help="The transformer.")
     latents: LatentsConfig = option(default_factory=LatentsConfig, help="The space it works in.")
