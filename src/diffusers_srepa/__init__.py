@@ -17,7 +17,7 @@ _PUBLIC = {
     "AlignmentObjective": "alignment.objectives.base",
     "AlignmentOutput": "alignment.loss",
     "AlignmentTerm": "alignment.term",
-    "AutoencoderKLCodec": "latents.autoencoder_kl",
+    "AutoencoderKLLatents": "latents.autoencoder_kl",
     "BatchCKAAlignment": "alignment.objectives.cka",
     "CKAAlignment": "alignment.objectives.cka",
     "ConfigurationError": "errors",
@@ -39,7 +39,7 @@ _PUBLIC = {
     "LinearInterpolant": "interpolant",
     "LinearProjector": "alignment.projectors",
     "MLPProjector": "alignment.projectors",
-    "PixelCodec": "latents.pixels",
+    "PixelLatents": "latents.pixels",
     "PositiveGramAlignment": "alignment.objectives.positive_gram",
     "Product": "alignment.schedule",
     "RKDDistanceAlignment": "alignment.objectives.rkd_distance",
@@ -118,8 +118,8 @@ if TYPE_CHECKING:
     from diffusers_srepa.errors import DataError as DataError
     from diffusers_srepa.interpolant import CosineInterpolant as CosineInterpolant
     from diffusers_srepa.interpolant import LinearInterpolant as LinearInterpolant
-    from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec as AutoencoderKLCodec
-    from diffusers_srepa.latents.pixels import PixelCodec as PixelCodec
+    from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents as AutoencoderKLLatents
+    from diffusers_srepa.latents.pixels import PixelLatents as PixelLatents
     from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel as SiTTransformer2DModel
     from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline as SiTPipeline
     from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import (

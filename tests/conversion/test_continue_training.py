@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import nn
 
+from diffusers_srepa.data.batches import training_batches
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.tokens import TokenMap
-from diffusers_srepa.training.batches import training_batches
 from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.method import AlignedFlowMatching
 from diffusers_srepa.training.trainer import Trainer

@@ -16,9 +16,9 @@ from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.data.datasets import load_image_dataset
 from diffusers_srepa.data.order import GlobalBatchSampler
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.latents.build import load_codec
-from diffusers_srepa.latents.codec import LatentCodec
+from diffusers_srepa.errors import ConfigurationError, in_options
+from diffusers_srepa.latents.latent_space import LatentSpace
+from diffusers_srepa.latents.loading import load_latent_space
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.teachers.auto_teacher import Teacher
 from diffusers_srepa.training.config import TrainingConfig
@@ -27,6 +27,20 @@ from diffusers_srepa.training.teachers import build_teacher, teacher_settings
 
 
 logger = get_logger(__name__)
+
+DATA_OPTIONS = {"name_or_path": "data.dataset"}
+DATA_OPTIONS |= {
+    name: f"data.{name}"
+    for name in ("name", "split", "streaming", "image_column", "label_column", "resolution", "horizontal_flip")
+}
+DATA_OPTIONS |= {name: f"data.{name}" for name in ("on_bad_image", "latent_cache", "num_workers")}
+DATA_OPTIONS |= {name: f"training.{name}" for name in ("global_batch_size", "micro_batch_size")}
+DATA_OPTIONS |= {
+    "num_classes": "model.num_classes",
+    "resume_from_checkpoint": "--resume_from_checkpoint latest",
+    "resume_with_changes": "--resume_with_changes",
+    "flip": "--flip",
+}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,7 +62,7 @@ class Components:
 
     dataset: Any
     id2label: dict[int, str] | None
-    codec: LatentCodec
+    codec: LatentSpace
     teachers: dict[str, Teacher]
     transformer: SiTTransformer2DModel
     student: AlignedDenoiser
@@ -92,16 +106,17 @@ def build_components(config: TrainingConfig, accelerator: Accelerator) -> Compon
     )
 
 
-def build_codec(config: TrainingConfig) -> LatentCodec:
+def build_codec(config: TrainingConfig) -> LatentSpace:
     """The codec that `latents.vae` names.
 
     Raises:
         ConfigurationError: it cannot be loaded, or the resolution is no multiple of its down-sampling.
     """
     latents = config.latents
-    codec = load_codec(
-        latents.vae, subfolder=latents.subfolder, revision=latents.revision, dtype=_DTYPES[latents.dtype]
-    )
+    with in_options({"name_or_path": "latents.vae", "subfolder": "latents.subfolder"}):
+        codec = load_latent_space(
+            latents.vae, subfolder=latents.subfolder, revision=latents.revision, dtype=_DTYPES[latents.dtype]
+        )
     if config.data.resolution % codec.downsample_factor:
         raise ConfigurationError(
             f"data.resolution is {config.data.resolution}, which is no multiple of {codec.downsample_factor}, the "
@@ -110,31 +125,32 @@ def build_codec(config: TrainingConfig) -> LatentCodec:
     return codec
 
 
-def build_dataset(config: TrainingConfig, codec: LatentCodec, needs_pixels: bool) -> Any:
+def build_dataset(config: TrainingConfig, codec: LatentSpace, needs_pixels: bool) -> Any:
     """The training images, with moments from the latent cache if one is given."""
     data = config.data
-    dataset = load_image_dataset(
-        str(data.dataset),
-        name=data.name,
-        split=data.split,
-        revision=data.revision,
-        data_dir=data.data_dir,
-        streaming=data.streaming,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        resolution=data.resolution,
-        horizontal_flip=data.horizontal_flip,
-        on_bad_image=data.on_bad_image,
-        seed=config.seed,
-        cache_dir=data.cache_dir,
-        latent_cache=data.latent_cache,
-        codec_id=codec.codec_id if data.latent_cache else None,
-        need_pixels=needs_pixels or data.latent_cache is None,
-    )
-    if not isinstance(dataset, IterableDataset):
-        # The sampler refuses a dataset that cannot fill one global batch; better now than at the first step.
-        batch = config.training.global_batch_size
-        GlobalBatchSampler(len(dataset), batch, batch, config.seed)
+    with in_options(DATA_OPTIONS):
+        dataset = load_image_dataset(
+            str(data.dataset),
+            name=data.name,
+            split=data.split,
+            revision=data.revision,
+            data_dir=data.data_dir,
+            streaming=data.streaming,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            resolution=data.resolution,
+            horizontal_flip=data.horizontal_flip,
+            on_bad_image=data.on_bad_image,
+            seed=config.seed,
+            cache_dir=data.cache_dir,
+            latent_cache=data.latent_cache,
+            encoder_id=codec.encoder_id if data.latent_cache else None,
+            need_pixels=needs_pixels or data.latent_cache is None,
+        )
+        if not isinstance(dataset, IterableDataset):
+            # The sampler refuses a dataset that cannot fill one global batch; better now than at the first step.
+            batch = config.training.global_batch_size
+            GlobalBatchSampler(len(dataset), batch, batch, config.seed)
     return dataset
 
 

@@ -10,8 +10,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.interpolant import TIMESTEP_LAWS, get_interpolant
+from diffusers_srepa.errors import ConfigurationError, in_options
+from diffusers_srepa.interpolant import TIMESTEP_SAMPLINGS, get_interpolant
 from diffusers_srepa.training.config_sections import (
     AlignmentConfig,
     CheckpointConfig,
@@ -119,10 +119,11 @@ class TrainingConfig:
             )
         if self.validation.class_labels == []:
             raise ConfigurationError("validation.class_labels is empty: name a class, or set validation.every to 0.")
-        get_interpolant(self.flow.path)
-        if self.flow.timestep_law not in TIMESTEP_LAWS:
+        with in_options({"path": "flow.path"}):
+            get_interpolant(self.flow.path)
+        if self.flow.timestep_law not in TIMESTEP_SAMPLINGS:
             raise ConfigurationError(
-                f"flow.timestep_law is {self.flow.timestep_law!r}, but must be one of {', '.join(TIMESTEP_LAWS)}."
+                f"flow.timestep_law is {self.flow.timestep_law!r}, but must be one of {', '.join(TIMESTEP_SAMPLINGS)}."
             )
         self._validate_numbers()
 

@@ -12,8 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
-from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
-from diffusers_srepa.latents.codec import LatentCodec
+from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
+from diffusers_srepa.latents.latent_space import LatentSpace
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
@@ -31,7 +31,7 @@ def build_scheduler(config: TrainingConfig) -> Any:
 
 def build_pipeline(
     transformer: SiTTransformer2DModel,
-    codec: LatentCodec,
+    codec: LatentSpace,
     id2label: dict[int, str] | None,
     config: TrainingConfig,
 ) -> SiTPipeline:
@@ -45,14 +45,14 @@ def build_pipeline(
     )
 
 
-def _publishable_vae(codec: LatentCodec, config: TrainingConfig) -> Any:
+def _publishable_vae(codec: LatentSpace, config: TrainingConfig) -> Any:
     """The autoencoder in float32; one that encodes in half precision is loaded again, so that nothing is rounded."""
-    if not isinstance(codec, AutoencoderKLCodec):
+    if not isinstance(codec, AutoencoderKLLatents):
         return None
     if codec.vae.dtype == torch.float32:
         return codec.vae
     latents = config.latents
-    full = AutoencoderKLCodec.from_pretrained(latents.vae, subfolder=latents.subfolder, revision=latents.revision)
+    full = AutoencoderKLLatents.from_pretrained(latents.vae, subfolder=latents.subfolder, revision=latents.revision)
     return full.to(codec.vae.device).vae
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from diffusers_srepa.data.order import BatchLayout
-from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.errors import ConfigurationError, in_options
 from diffusers_srepa.training.config_sections import LoopConfig
 
 
@@ -59,4 +59,5 @@ def micro_batch_size(loop: LoopConfig, num_processes: int) -> int:
             "change training.global_batch_size or the number of processes."
         )
     size = loop.micro_batch_size or loop.global_batch_size // num_processes
-    return BatchLayout(loop.global_batch_size, size, num_processes=num_processes).micro_batch_size
+    with in_options({name: f"training.{name}" for name in ("global_batch_size", "micro_batch_size")}):
+        return BatchLayout(loop.global_batch_size, size, num_processes=num_processes).micro_batch_size

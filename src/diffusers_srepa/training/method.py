@@ -17,7 +17,7 @@ from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.interpolant import Interpolant, timesteps_from_uniform
-from diffusers_srepa.latents.codec import LatentCodec
+from diffusers_srepa.latents.latent_space import LatentSpace
 from diffusers_srepa.randomness import keyed_rand, keyed_randn
 from diffusers_srepa.teachers.auto_teacher import Teacher
 from diffusers_srepa.tokens import TeacherFeatures
@@ -45,7 +45,7 @@ class AlignedFlowMatching:
 
     Args:
         student (`nn.Module`): the (wrapped) `AlignedDenoiser`.
-        codec (`LatentCodec`): images to latents.
+        codec (`LatentSpace`): images to latents.
         teachers (`Mapping[str, Teacher]`): by name; called as long as a term has their tokens as target.
         criterion (`AlignmentLoss`): the terms.
         interpolant (`Interpolant`): the path.
@@ -60,7 +60,7 @@ class AlignedFlowMatching:
     def __init__(
         self,
         student: nn.Module,
-        codec: LatentCodec,
+        codec: LatentSpace,
         teachers: Mapping[str, Teacher],
         criterion: AlignmentLoss,
         interpolant: Interpolant,

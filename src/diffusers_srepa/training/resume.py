@@ -8,8 +8,8 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.batches import check_same_stream
+from diffusers_srepa.data.batches import check_same_stream
+from diffusers_srepa.errors import ConfigurationError, in_options
 from diffusers_srepa.training.checkpoint_folder import find_checkpoint
 from diffusers_srepa.training.checkpoints import RunState, read_state
 from diffusers_srepa.training.compare import check_same_options
@@ -54,7 +54,8 @@ def find_resume(config: TrainingConfig, dataset: Any, num_processes: int) -> Res
     state = read_state(folder)
     _check_same_run(folder, state, config, dataset.fingerprint)
     if not config.resume_with_changes:
-        check_same_stream(dataset, state.num_processes, num_processes)
+        with in_options({"resume_with_changes": "--resume_with_changes"}):
+            check_same_stream(dataset, state.num_processes, num_processes)
     if state.step > config.training.max_steps:
         raise ConfigurationError(
             f"the checkpoint {folder} is at step {state.step}, but training.max_steps is "

@@ -18,7 +18,7 @@ from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.presets import default_depth
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.errors import ConfigurationError, close_matches
-from diffusers_srepa.latents.codec import LatentCodec
+from diffusers_srepa.latents.latent_space import LatentSpace
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from diffusers_srepa.teachers.auto_teacher import Teacher
 from diffusers_srepa.training.config import TrainingConfig
@@ -46,7 +46,7 @@ def student_patch_size(config: TrainingConfig) -> int:
     return model.patch_size or SIT_PRESETS[model.preset]["patch_size"]
 
 
-def token_grid(config: TrainingConfig, codec: LatentCodec, patch_size: int) -> tuple[int, int]:
+def token_grid(config: TrainingConfig, codec: LatentSpace, patch_size: int) -> tuple[int, int]:
     """Rows and columns of the student's tokens at the training resolution.
 
     Raises:
@@ -62,7 +62,7 @@ def token_grid(config: TrainingConfig, codec: LatentCodec, patch_size: int) -> t
 
 
 def build_transformer(
-    config: TrainingConfig, codec: LatentCodec, num_classes: int, teacher: Teacher | None
+    config: TrainingConfig, codec: LatentSpace, num_classes: int, teacher: Teacher | None
 ) -> SiTTransformer2DModel:
     """A freshly initialised SiT, or the one of `model.init_from`, with a class token where REG needs one.
 

@@ -15,16 +15,17 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from diffusers_srepa.data.batches import training_batches
+from diffusers_srepa.errors import in_options
 from diffusers_srepa.interpolant import get_interpolant
 from diffusers_srepa.training import checkpoint_folder, checkpoints, publish
 from diffusers_srepa.training.accelerator import build_accelerator
-from diffusers_srepa.training.batches import training_batches
 from diffusers_srepa.training.checkpoints import RunState
-from diffusers_srepa.training.components import build_components
+from diffusers_srepa.training.components import DATA_OPTIONS, build_components
 from diffusers_srepa.training.config import TrainingConfig
 from diffusers_srepa.training.ema import WeightAverage
 from diffusers_srepa.training.finite import FiniteGuard, poison_unless_finite
-from diffusers_srepa.training.interruption import StopRequest, TrainingInterrupted
+from diffusers_srepa.training.interruption import StopRequest, TrainingInterrupted, outlive_signals
 from diffusers_srepa.training.launch import check_environment, check_processes, micro_batch_size
 from diffusers_srepa.training.method import AlignedFlowMatching
 from diffusers_srepa.training.optimization import build_lr_schedule, build_optimizer, set_schedule_step
@@ -195,6 +196,7 @@ class Trainer:
             num_steps=self.config.training.max_steps,
             num_workers=self.config.data.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=outlive_signals,
         )
 
     def _loop(self) -> None:
@@ -293,7 +295,9 @@ class Trainer:
         num_micro_batches = share // self.micro_batch_size
         sums: dict[str, torch.Tensor] = {}
         for index in range(num_micro_batches):
-            batch = self._to_device(next(batches))
+            with in_options(DATA_OPTIONS):
+                batch = next(batches)
+            batch = self._to_device(batch)
             with self._gradients_travel(index == num_micro_batches - 1):
                 output = self.method(batch, self.step)
                 self.accelerator.backward(poison_unless_finite(output.loss) / num_micro_batches)
