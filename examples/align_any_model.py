@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from diffusers_srepa import (
     AlignedDenoiser,
     AlignmentLoss,
-    AutoencoderKLCodec,
+    AutoencoderKLLatents,
     CosineAlignment,
     GramMSEAlignment,
     LinearInterpolant,
     MLPProjector,
-    PixelCodec,
+    PixelLatents,
     Teacher,
 )
 
@@ -83,8 +83,10 @@ def train(args: argparse.Namespace) -> None:
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
     set_seed(args.seed, device_specific=True)
     device = accelerator.device
-    codec = AutoencoderKLCodec.from_pretrained(ASSETS / "vae").to(device) if args.model == "dit" else PixelCodec()
-    model, tap, width, grid = (build_dit if args.model == "dit" else build_unet)(codec.latent_shape(32, 32))
+    latent_space = (
+        AutoencoderKLLatents.from_pretrained(ASSETS / "vae").to(device) if args.model == "dit" else PixelLatents()
+    )
+    model, tap, width, grid = (build_dit if args.model == "dit" else build_unet)(latent_space.latent_shape(32, 32))
 
     # What sREPA adds: a teacher with the student's grid, a hook with a projector behind it, and two terms of the loss.
     teacher = Teacher.from_pretrained(str(ASSETS / "teacher"), grid=grid).to(device)
@@ -108,8 +110,8 @@ def train(args: argparse.Namespace) -> None:
     for step in range(args.steps):
         images, labels = next(batches)
         images = images.float() / 255
-        mean, std = codec.encode_moments(images)
-        latents = codec.sample(mean, std, torch.randn_like(mean))
+        mean, std = latent_space.encode_moments(images)
+        latents = latent_space.sample(mean, std, torch.randn_like(mean))
         noise, t = torch.randn_like(latents), torch.rand(len(latents), device=device)
 
         velocity, tokens = student(path.interpolate(latents, noise, t), 1000 * t, class_labels=labels)

@@ -1,4 +1,4 @@
-"""The two paths: their identities in float64, and the laws of t."""
+"""The two paths: their identities in float64, and the sampling of timesteps."""
 
 import math
 
@@ -70,13 +70,13 @@ def test_scalar_time_broadcasts() -> None:
     torch.testing.assert_close(x_t, 0.75 * x_0 + 0.25 * noise)
 
 
-def test_uniform_law_returns_the_draws() -> None:
+def test_uniform_timesteps_are_the_draws() -> None:
     draws = torch.linspace(0, 0.999, 7, dtype=torch.float64)
     assert torch.equal(timesteps_from_uniform(draws, LinearInterpolant()), draws)
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.8, 0.5)])
-def test_lognormal_law_on_the_linear_path_is_a_sigmoid_of_a_normal(mean: float, std: float) -> None:
+def test_lognormal_timesteps_on_the_linear_path_are_a_sigmoid_of_a_normal(mean: float, std: float) -> None:
     # Standard normal quantiles from tables.
     draws = torch.tensor([0.025, 0.158655253931457, 0.5, 0.841344746068543, 0.975], dtype=torch.float64)
     normal = torch.tensor([-1.959963984540054, -1.0, 0.0, 1.0, 1.959963984540054], dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_lognormal_law_on_the_linear_path_is_a_sigmoid_of_a_normal(mean: float, 
     torch.testing.assert_close(t, torch.sigmoid(mean + std * normal), rtol=1e-9, atol=1e-9)
 
 
-def test_lognormal_law_on_the_cosine_path() -> None:
+def test_lognormal_timesteps_on_the_cosine_path() -> None:
     draws = torch.tensor([0.158655253931457, 0.5, 0.841344746068543], dtype=torch.float64)
     ratio = torch.exp(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
     t = timesteps_from_uniform(draws, CosineInterpolant(), "lognormal")
@@ -92,7 +92,7 @@ def test_lognormal_law_on_the_cosine_path() -> None:
 
 
 @by_name
-def test_lognormal_law_survives_the_edges(path) -> None:
+def test_lognormal_timesteps_survive_the_edges(path) -> None:
     t = timesteps_from_uniform(torch.tensor([0.0, 1.0], dtype=torch.float64), path, "lognormal")
     assert torch.isfinite(t).all() and (t >= 0).all() and (t <= 1).all()
 

@@ -25,9 +25,16 @@ from digits import read_digits
 from PIL import Image
 from sklearn.svm import SVC
 
-from diffusers_srepa import AlignedDenoiser, AutoencoderKLCodec, SiTPipeline, Teacher, TokenMap, parse_training_config
-from diffusers_srepa.alignment.registry import load_projector
+from diffusers_srepa import (
+    AlignedDenoiser,
+    AutoencoderKLLatents,
+    SiTPipeline,
+    Teacher,
+    TokenMap,
+    parse_training_config,
+)
 from diffusers_srepa.alignment.presets import default_depth
+from diffusers_srepa.alignment.registry import load_projector
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.interpolant import get_interpolant
@@ -100,9 +107,9 @@ def compare_tokens(
     run_dir: Path, pipeline: SiTPipeline, config: TrainingConfig, image: torch.Tensor, label: int
 ) -> dict[str, TokenMap]:
     """Tokens of the teacher on an image `(3, H, W)`, and of the student on the same image with noise."""
-    codec = AutoencoderKLCodec(pipeline.vae)
-    mean, std = codec.encode_moments(image.unsqueeze(0))
-    latents = codec.sample(mean, std, torch.zeros_like(mean))
+    latent_space = AutoencoderKLLatents(pipeline.vae)
+    mean, std = latent_space.encode_moments(image.unsqueeze(0))
+    latents = latent_space.sample(mean, std, torch.zeros_like(mean))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     noisy = get_interpolant(config.flow.path).interpolate(latents, noise, torch.tensor(NOISE_LEVEL))
     transformer = pipeline.transformer.eval()

@@ -18,7 +18,7 @@ _PUBLIC = {
     "AlignmentObjective": "alignment.objectives.base",
     "AlignmentOutput": "alignment.loss",
     "AlignmentTerm": "alignment.term",
-    "AutoencoderKLCodec": "latents.autoencoder_kl",
+    "AutoencoderKLLatents": "latents.autoencoder_kl",
     "BatchCKAAlignment": "alignment.objectives.batch",
     "CKAAlignment": "alignment.objectives.cka",
     "ConfigurationError": "errors",
@@ -42,7 +42,7 @@ _PUBLIC = {
     "LossOutput": "training.method",
     "MLPProjector": "alignment.projectors",
     "Phase": "training.method",
-    "PixelCodec": "latents.pixels",
+    "PixelLatents": "latents.pixels",
     "PositiveGramAlignment": "alignment.objectives.gram",
     "Product": "alignment.schedule",
     "RKDDistanceAlignment": "alignment.objectives.relational",
@@ -132,8 +132,8 @@ if TYPE_CHECKING:
     from diffusers_srepa.hooks import FeatureTap as FeatureTap
     from diffusers_srepa.interpolant import CosineInterpolant as CosineInterpolant
     from diffusers_srepa.interpolant import LinearInterpolant as LinearInterpolant
-    from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec as AutoencoderKLCodec
-    from diffusers_srepa.latents.pixels import PixelCodec as PixelCodec
+    from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents as AutoencoderKLLatents
+    from diffusers_srepa.latents.pixels import PixelLatents as PixelLatents
     from diffusers_srepa.models.presets import register_transformer as register_transformer
     from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel as SiTTransformer2DModel
     from diffusers_srepa.pipelines.hub import SiTPipeline as SiTPipeline

@@ -89,43 +89,46 @@ def _cache_latents(arguments: argparse.Namespace) -> None:
 
     from diffusers_srepa.data.datasets import load_image_dataset
     from diffusers_srepa.data.image_dataset import ImageDataset
-    from diffusers_srepa.data.latent_cache import cache_latents
-    from diffusers_srepa.latents.build import load_codec
+    from diffusers_srepa.data.latent_cache.write import cache_latents
+    from diffusers_srepa.errors import in_options
+    from diffusers_srepa.latents.loading import load_latent_space
 
     state = PartialState()
-    codec = load_codec(
-        arguments.vae,
-        subfolder=arguments.vae_subfolder,
-        revision=arguments.vae_revision,
-        dtype=getattr(torch, arguments.vae_dtype),
-    )
-    with state.main_process_first():
-        dataset = load_image_dataset(
-            arguments.dataset,
-            name=arguments.name,
-            split=arguments.split,
-            revision=arguments.revision,
-            data_dir=arguments.data_dir,
-            image_column=arguments.image_column,
-            label_column=arguments.label_column,
-            resolution=arguments.resolution,
-            on_bad_image=arguments.on_bad_image,
-            cache_dir=arguments.cache_dir,
+    with in_options({"name_or_path": "--vae", "subfolder": "--vae_subfolder"}):
+        latent_space = load_latent_space(
+            arguments.vae,
+            subfolder=arguments.vae_subfolder,
+            revision=arguments.vae_revision,
+            dtype=getattr(torch, arguments.vae_dtype),
         )
-    assert isinstance(dataset, ImageDataset), "a dataset that is not streamed has rows by number"
-    cache_latents(
-        dataset,
-        codec,
-        arguments.output_dir,
-        flip=arguments.flip,
-        dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-        num_workers=arguments.num_workers,
-        process_index=state.process_index,
-        num_processes=state.num_processes,
-        device=state.device,
-        show_progress=state.is_main_process,
-    )
+    with in_options({"name_or_path": "--dataset"} | {name: f"--{name}" for name in vars(arguments)}):
+        with state.main_process_first():
+            dataset = load_image_dataset(
+                arguments.dataset,
+                name=arguments.name,
+                split=arguments.split,
+                revision=arguments.revision,
+                data_dir=arguments.data_dir,
+                image_column=arguments.image_column,
+                label_column=arguments.label_column,
+                resolution=arguments.resolution,
+                on_bad_image=arguments.on_bad_image,
+                cache_dir=arguments.cache_dir,
+            )
+        assert isinstance(dataset, ImageDataset), "a dataset that is not streamed has rows by number"
+        cache_latents(
+            dataset,
+            latent_space,
+            arguments.output_dir,
+            flip=arguments.flip,
+            dtype=arguments.dtype,
+            batch_size=arguments.batch_size,
+            num_workers=arguments.num_workers,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            device=state.device,
+            show_progress=state.is_main_process,
+        )
 
 
 def _add_sample(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -18,7 +18,8 @@ import torch
 from diffusers_srepa.errors import ConfigurationError, close_matches
 
 
-TIMESTEP_LAWS = ("uniform", "lognormal")
+#: How training times are drawn.
+TIMESTEP_SAMPLINGS = ("uniform", "lognormal")
 
 
 def expand_time(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -130,40 +131,43 @@ class CosineInterpolant(Interpolant):
 _INTERPOLANTS: dict[str, type[Interpolant]] = {path.name: path for path in (LinearInterpolant, CosineInterpolant)}
 
 
-def get_interpolant(name: str) -> Interpolant:
-    """The path called `name`, `"linear"` or `"cosine"`.
+def get_interpolant(path: str) -> Interpolant:
+    """The interpolant of a path, `"linear"` or `"cosine"`.
 
     Raises:
         ConfigurationError: no path has that name.
     """
-    if name not in _INTERPOLANTS:
-        raise ConfigurationError(
-            f"there is no path {name!r}, {close_matches(name, _INTERPOLANTS)} (option flow.path)."
-        )
-    return _INTERPOLANTS[name]()
+    if path not in _INTERPOLANTS:
+        raise ConfigurationError(f"there is no path {path!r}, {close_matches(path, _INTERPOLANTS)} (option `path`).")
+    return _INTERPOLANTS[path]()
 
 
 def timesteps_from_uniform(
-    uniform: torch.Tensor, interpolant: Interpolant, law: str = "uniform", mean: float = 0.0, std: float = 1.0
+    uniform: torch.Tensor,
+    interpolant: Interpolant,
+    timestep_sampling: str = "uniform",
+    mean: float = 0.0,
+    std: float = 1.0,
 ) -> torch.Tensor:
     """Training times t in [0, 1] made from uniform draws, one each.
 
     Args:
-        uniform (`torch.Tensor`): draws in [0, 1), shape `(B,)`; float64 keeps the tails of the log-normal law.
+        uniform (`torch.Tensor`): draws in [0, 1), shape `(B,)`; float64 keeps the tails of the log-normal.
         interpolant (`Interpolant`): the path; it turns a noise-to-data ratio into a time.
-        law (`str`): `"uniform"` returns the draws; `"lognormal"` makes sigma / alpha = exp(mean + std n) with
-            n ~ N(0, 1), which on the linear path is t = sigmoid(mean + std n).
+        timestep_sampling (`str`): `"uniform"` returns the draws; `"lognormal"` makes sigma / alpha =
+            exp(mean + std n) with n ~ N(0, 1), which on the linear path is t = sigmoid(mean + std n).
 
     Raises:
-        ConfigurationError: no law has that name.
+        ConfigurationError: no such sampling.
     """
-    if law == "uniform":
+    if timestep_sampling == "uniform":
         return uniform
-    if law == "lognormal":
+    if timestep_sampling == "lognormal":
         # The inverse distribution function is infinite at 0 and 1, which the draws may touch after rounding.
         tiny = torch.finfo(uniform.dtype).eps / 2
         normal = torch.special.ndtri(uniform.clamp(tiny, 1 - tiny))
         return interpolant.time_of_noise_ratio(torch.exp(mean + std * normal))
     raise ConfigurationError(
-        f"there is no law of t {law!r}, {close_matches(law, TIMESTEP_LAWS)} (option flow.timestep_law)."
+        f"there is no timestep sampling {timestep_sampling!r}, {close_matches(timestep_sampling, TIMESTEP_SAMPLINGS)} "
+        "(option `timestep_sampling`)."
     )

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffusers_srepa.configuration.command_line import load_training_config
+from diffusers_srepa.data.batches import training_batches
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.tokens import TokenMap
-from diffusers_srepa.training.batches import training_batches
 from diffusers_srepa.training.method import AlignedFlowMatching
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.reference_sit import State, random_projector, random_state, reference_forward, reference_projection

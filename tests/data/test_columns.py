@@ -52,12 +52,12 @@ def test_a_named_column_wins():
 @pytest.mark.parametrize(
     ("find", "named", "message"),
     [
-        (find_image_column, "picture", r"no column 'picture', its columns are 'a' \(Image\), .*data.image_column"),
-        (find_image_column, "size", r"'size' holds int64, not images.*data.image_column"),
-        (find_image_column, None, r"several columns that could hold images.*data.image_column"),
-        (find_label_column, "label", r"no column 'label', its columns are 'a' \(Image\), .*data.label_column"),
-        (find_label_column, "score", r"'score' holds float64.*data.label_column"),
-        (find_label_column, None, r"several columns that could hold labels.*data.label_column"),
+        (find_image_column, "picture", r"no column 'picture', its columns are 'a' \(Image\), .*`image_column`"),
+        (find_image_column, "size", r"'size' holds int64, not images.*`image_column`"),
+        (find_image_column, None, r"several columns that could hold images.*`image_column`"),
+        (find_label_column, "label", r"no column 'label', its columns are 'a' \(Image\), .*`label_column`"),
+        (find_label_column, "score", r"'score' holds float64.*`label_column`"),
+        (find_label_column, None, r"several columns that could hold labels.*`label_column`"),
     ],
 )
 def test_a_column_that_does_not_fit_is_one_sentence(find, named, message):
@@ -109,7 +109,7 @@ def test_labels_follow_a_selection_of_rows():
         ([0, 1, -1], NAMES, r"row 2 of the dataset has no label in the column 'label'"),
         (["a", None], Value("string"), r"row 1 of the dataset has no label"),
         (["", "a"], Value("string"), r"row 0 of the dataset has no label"),
-        ([-1, -1], Value("int64"), r"no row of the dataset has a label.*data.split"),
+        ([-1, -1], Value("int64"), r"no row of the dataset has a label.*`split`"),
         ([0, -7], Value("int64"), r"label -7 of row 1 of the dataset is negative"),
     ],
 )
@@ -135,5 +135,5 @@ def test_labels_of_a_stream_are_checked_one_by_one(value, message):
 
 
 def test_a_label_of_a_stream_beyond_the_model_s_classes_stops_the_run():
-    with pytest.raises(ConfigurationError, match="set model.num_classes to at least 6"):
+    with pytest.raises(ConfigurationError, match="set `num_classes` to at least 6"):
         read_label(5, 5, "label")

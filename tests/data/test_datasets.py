@@ -11,7 +11,7 @@ from datasets import DatasetDict, Value
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_srepa.data.collate import collate
+from diffusers_srepa.data.batches import collate
 from diffusers_srepa.data.datasets import load_image_dataset
 from diffusers_srepa.data.order import GlobalBatchSampler, SampleKey, is_flipped
 from diffusers_srepa.errors import ConfigurationError, DataError
@@ -76,7 +76,7 @@ def test_a_folder_of_parquet_files_with_splits(tmp_path):
     numbered_images(3).to_parquet(str(tmp_path / "data" / "test-0.parquet"))
     assert len(load(tmp_path / "data", tmp_path)) == 6
     assert len(load(tmp_path / "data", tmp_path, split="test")) == 3
-    with pytest.raises(ConfigurationError, match=r"no split 'dev', its splits are 'train', 'test' .*data.split"):
+    with pytest.raises(ConfigurationError, match=r"no split 'dev', its splits are 'train', 'test' .*`split`"):
         load(tmp_path / "data", tmp_path, split="dev")
 
 
@@ -163,9 +163,7 @@ def test_the_row_after_the_last_is_the_first(tmp_path):
 
 def test_an_unreadable_image_can_be_fatal(tmp_path):
     dataset = load(image_table([png(0), jpeg(0)[:900]], [0, 1]), tmp_path, on_bad_image="raise")
-    with pytest.raises(
-        DataError, match=r"image of row 1 of the dataset is unreadable, .*truncated.*data.on_bad_image"
-    ):
+    with pytest.raises(DataError, match=r"image of row 1 of the dataset is unreadable, .*truncated.*`on_bad_image`"):
         dataset[1]
 
 
@@ -297,8 +295,8 @@ def test_fingerprint_of_a_selection(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("/no/such/folder", r"dataset /no/such/folder does not exist \(option data.dataset\)"),
-        ("nobody/nothing", r"nobody/nothing, split train cannot be opened .*data.dataset"),
+        ("/no/such/folder", r"dataset /no/such/folder does not exist \(option `name_or_path`\)"),
+        ("nobody/nothing", r"nobody/nothing, split train cannot be opened .*`name_or_path`"),
     ],
 )
 def test_a_dataset_that_does_not_exist(source, message, tmp_path):
@@ -322,9 +320,9 @@ def test_files_that_are_no_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"resolution": 0}, ConfigurationError, "data.resolution is 0"),
-        ({"on_bad_image": "ignore"}, ConfigurationError, "data.on_bad_image is 'ignore'"),
-        ({"need_pixels": False}, ConfigurationError, "data.latent_cache"),
+        ({"resolution": 0}, ConfigurationError, "`resolution` is 0"),
+        ({"on_bad_image": "ignore"}, ConfigurationError, "`on_bad_image` is 'ignore'"),
+        ({"need_pixels": False}, ConfigurationError, "`latent_cache`"),
     ],
 )
 def test_options_that_cannot_work(kwargs, error, message, tmp_path):

@@ -94,12 +94,12 @@ def test_half_of_the_samples_are_flipped():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_samples": 7}, r"7 rows, fewer than one global batch of 8.*training.global_batch_size"),
-        ({"global_batch_size": 9}, r"training.global_batch_size is 9.*training.micro_batch_size"),
+        ({"num_samples": 7}, r"7 rows, fewer than one global batch of 8.*`global_batch_size`"),
+        ({"global_batch_size": 9}, r"`global_batch_size` is 9.*`micro_batch_size`"),
         ({"micro_batch_size": 3}, r"no multiple of 6"),
-        ({"micro_batch_size": 0}, "training.micro_batch_size is 0"),
-        ({"global_batch_size": 0}, "training.global_batch_size is 0"),
-        ({"process_index": 2}, "process index is 2"),
+        ({"micro_batch_size": 0}, "`micro_batch_size` is 0"),
+        ({"global_batch_size": 0}, "`global_batch_size` is 0"),
+        ({"process_index": 2}, "`process_index` is 2"),
         ({"start_step": -1}, "first step is -1"),
         ({"num_steps": -1}, "number of steps is -1"),
     ],

@@ -10,7 +10,7 @@ from datasets import Value
 from torch.utils.data import DataLoader
 
 from diffusers_srepa.data import streaming
-from diffusers_srepa.data.collate import collate
+from diffusers_srepa.data.batches import collate
 from diffusers_srepa.data.datasets import load_image_dataset
 from diffusers_srepa.data.images import read_crop
 from diffusers_srepa.data.order import is_flipped
@@ -135,7 +135,7 @@ def test_a_resume_is_exact_beside_unreadable_rows(caplog):
 
 def test_an_unreadable_row_can_be_fatal():
     stream = stream_of(image_table([png(0), b"garbage"], [0, 1]), num_shards=1, on_bad_image="raise")
-    with pytest.raises(DataError, match="row 1 of the stream is unusable, .*data.on_bad_image"):
+    with pytest.raises(DataError, match="row 1 of the stream is unusable, .*`on_bad_image`"):
         read(stream, 2)
 
 
@@ -208,7 +208,7 @@ def test_loader_processes_change_nothing(num_workers):
 def test_two_loader_processes_are_refused(monkeypatch):
     # As seen from inside one of two loader processes; to start them takes torch ten seconds of waiting at the end.
     monkeypatch.setattr(streaming, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
-    with pytest.raises(ConfigurationError, match="cannot be read by 2 workers: set data.num_workers"):
+    with pytest.raises(ConfigurationError, match="cannot be read by 2 workers: set `num_workers`"):
         read(stream_of(numbered(8), num_shards=2), 1)
 
 
@@ -261,17 +261,17 @@ def test_declared_classes_are_counted():
 
 def test_string_labels_need_the_whole_dataset():
     table = image_table([png(0)], ["cat"], Value("string"))
-    with pytest.raises(ConfigurationError, match="strings, which a stream cannot number: unset data.streaming"):
+    with pytest.raises(ConfigurationError, match="strings, which a stream cannot number: unset `streaming`"):
         stream_of(table, num_shards=1)
 
 
 def test_a_latent_cache_needs_row_numbers(tmp_path):
-    with pytest.raises(ConfigurationError, match="data.streaming or data.latent_cache"):
+    with pytest.raises(ConfigurationError, match="`streaming` or `latent_cache`"):
         stream_of(numbered(4), num_shards=2, latent_cache=tmp_path)
 
 
 def test_places_that_cannot_be_divided_are_refused():
-    with pytest.raises(ConfigurationError, match="training.global_batch_size is 4"):
+    with pytest.raises(ConfigurationError, match="`global_batch_size` is 4"):
         read(stream_of(numbered(4), num_shards=2), 1, micro_batch_size=3)
 
 

@@ -129,9 +129,7 @@ class CriticMethod(TrainingMethod):
         critic(torch.zeros(1, 3, self.config.data.resolution, self.config.data.resolution))
         self.modules = {"transformer": transformer, "gain": Gain(3), "critic": critic}
 
-    def _predict(
-        self, batch: Mapping[str, torch.Tensor], context: StepContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predict(self, batch: Mapping[str, torch.Tensor], context: StepContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted and true velocity."""
         seed, step, positions = self.config.seed, context.step, batch["position"].tolist()
         data = self.latent_space.encode_moments(batch["pixel_values"].float() / 255)[0]

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModel, BitImageProcessor, Dinov
 
 from diffusers_srepa.data.datasets import load_image_dataset
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
+from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 from diffusers_srepa.teachers.auto_teacher import Teacher
 from tests.hub.server import HubServer
 
@@ -107,6 +107,6 @@ def test_our_dataset_and_autoencoder_by_id(hub: HubServer, digits: Dataset) -> N
     assert dataset.id2label == {0: "even", 1: "odd"} and len(dataset) == 6
     assert dataset[1]["pixel_values"].unique().tolist() == [20]
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).push_to_hub("tester/vae")
-    codec = AutoencoderKLCodec.from_pretrained("tester/vae")
-    mean, std = codec.encode_moments(torch.rand(1, 3, 8, 8))
+    latent_space = AutoencoderKLLatents.from_pretrained("tester/vae")
+    mean, std = latent_space.encode_moments(torch.rand(1, 3, 8, 8))
     assert mean.shape == std.shape == (1, 4, 8, 8)

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.callbacks import PipelineCallback
 
-from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
+from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 from diffusers_srepa.pipelines.hub import SiTPipeline
 from tests.helpers.tiny_autoencoder import tiny_autoencoder
 from tests.helpers.tiny_pipeline import generators, tiny_pipeline
@@ -65,7 +65,7 @@ def test_one_generator_for_the_batch(pipe: SiTPipeline) -> None:
 def test_output_types_agree(pipe: SiTPipeline) -> None:
     latents = call(pipe, output_type="latent")
     assert latents.shape == (2, 4, 8, 8) and latents.dtype == torch.float32
-    decoded = AutoencoderKLCodec(pipe.vae).decode(latents)
+    decoded = AutoencoderKLLatents(pipe.vae).decode(latents)
     tensor = call(pipe, output_type="pt")
     torch.testing.assert_close(tensor, decoded, rtol=0, atol=1e-6)
     array = call(pipe, output_type="np")

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 from transformers import Dinov2Model
 
-from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
+from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 from diffusers_srepa.teachers.auto_teacher import Teacher
 
 
@@ -39,14 +39,14 @@ def test_classes_and_shapes(quickstart: Path):
 
 
 def test_reconstruction(quickstart: Path, held_out: tuple[torch.Tensor, torch.Tensor]):
-    codec = AutoencoderKLCodec.from_pretrained(quickstart / "vae")
+    latent_space = AutoencoderKLLatents.from_pretrained(quickstart / "vae")
     images = held_out[0][:100]
-    mean, std = codec.encode_moments(images)
+    mean, std = latent_space.encode_moments(images)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    latents = codec.sample(mean, std, noise)
+    latents = latent_space.sample(mean, std, noise)
     # What the flow sees has about unit scale, so that noise and data meet on equal terms.
     assert 0.9 < float(latents.std()) < 1.1
-    errors = (codec.decode(latents) - images).square().mean(dim=(1, 2, 3))
+    errors = (latent_space.decode(latents) - images).square().mean(dim=(1, 2, 3))
     assert float(-10 * errors.log10().mean()) > 30
 
 

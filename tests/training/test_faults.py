@@ -62,7 +62,11 @@ def test_a_disk_that_is_full_ends_the_run_in_one_sentence_and_it_goes_on_later(a
     assert "checkpoint-4 could not be written" in message and "the last complete checkpoint is checkpoint-2" in message
     assert "\n" not in message and not list((tmp_path / "run").glob(".incomplete-*"))
     _trainer(assets, tmp_path / "run", "--resume_from_checkpoint", "latest").train()
-    for file in ("raw.safetensors", "optimizer_student.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+    for file in (
+        "raw.safetensors",
+        "optimizer_student.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ):
         ours, expected = (load_file(tmp_path / name / "checkpoint-4" / file) for name in ("run", "whole"))
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
 

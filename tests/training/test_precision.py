@@ -39,7 +39,9 @@ def test_half_precision_reaches_the_student_and_the_teacher_but_not_the_alignmen
     # The module as accelerate has not wrapped it in autocast, as under FSDP2.
     student = trainer.accelerator.unwrap_model(trainer.training.wrapped["student"], keep_fp32_wrapper=False)
     autocast = partial(torch.autocast, "cpu", dtype=dtype)
-    output = trainer.method.loss(_batch(trainer), StepContext(0, {"student": student}, trainer.ema.of_module, autocast))
+    output = trainer.method.loss(
+        _batch(trainer), StepContext(0, {"student": student}, trainer.ema.of_module, autocast)
+    )
     assert seen["query"] == dtype
     student = F.normalize(seen["tokens"]["default", "default"].tokens.detach().double(), dim=-1)
     target = F.normalize(seen["target"], dim=-1)

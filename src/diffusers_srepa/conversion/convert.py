@@ -21,9 +21,9 @@ from diffusers_srepa.conversion.repa import to_diffusers
 from diffusers_srepa.conversion.sit import GUIDANCE_CHANNELS, to_repa_convention
 from diffusers_srepa.conversion.state_dict import Weights, check_finite, select_weights
 from diffusers_srepa.conversion.write_pipeline import check_target, write_folder
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
-from diffusers_srepa.latents.build import load_codec
+from diffusers_srepa.errors import ConfigurationError, in_options
+from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
+from diffusers_srepa.latents.loading import load_latent_space
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
@@ -179,18 +179,14 @@ def _require_vae(name: str | Path | None) -> str | Path:
 
 def _load_vae(name: str | Path, subfolder: str | None, revision: str | None, channels: int) -> Any:
     """The autoencoder in float32, or None for pixels."""
-    try:
-        codec = load_codec(name, **({} if str(name) == "pixels" else {"subfolder": subfolder, "revision": revision}))
-    except ConfigurationError as error:
-        # The codec names the options of a training run.
-        message = str(error).replace("latents.vae", "--vae").replace("latents.subfolder", "--vae_subfolder")
-        raise ConfigurationError(message) from None
+    with in_options({"name_or_path": "--vae", "subfolder": "--vae_subfolder"}):
+        codec = load_latent_space(name, subfolder=subfolder, revision=revision)
     if codec.latent_channels != channels:
         raise ConfigurationError(
             f"the autoencoder {name} has {codec.latent_channels} latent channels, but the checkpoint has {channels}: "
             "change --vae."
         )
-    if not isinstance(codec, AutoencoderKLCodec):
+    if not isinstance(codec, AutoencoderKLLatents):
         return None
     if Path(name).exists():
         # diffusers writes the name into the configuration, where a published pipeline would show a local path.

@@ -61,18 +61,18 @@ def find_image_column(features: Mapping[str, Any], named: str | None = None) -> 
         ConfigurationError: there is no such column, it cannot hold images, or several could be meant.
     """
     if named is not None:
-        _check_exists(features, named, "data.image_column")
+        _check_exists(features, named, "image_column")
         if not _may_hold_images(features[named]):
             raise ConfigurationError(
                 f"the column {named!r} holds {_type_name(features[named])}, not images; the columns are "
-                f"{describe_columns(features)} (option data.image_column)."
+                f"{describe_columns(features)} (option `image_column`)."
             )
         return named
     found = [name for name, feature in features.items() if _holds_images(feature)]
     if not found:
         # Files written without the datasets library keep encoded images as plain bytes.
         found = [name for name in IMAGE_NAMES if name in features and _is_binary(features[name])]
-    return _choose(found, IMAGE_NAMES, features, "images", "data.image_column")
+    return _choose(found, IMAGE_NAMES, features, "images", "image_column")
 
 
 def find_label_column(features: Mapping[str, Any], named: str | None = None) -> str | None:
@@ -83,16 +83,16 @@ def find_label_column(features: Mapping[str, Any], named: str | None = None) -> 
         ConfigurationError: there is no such column, its type holds no labels, or several could be meant.
     """
     if named is not None:
-        _check_exists(features, named, "data.label_column")
+        _check_exists(features, named, "label_column")
         if not _may_hold_labels(features[named]):
             raise ConfigurationError(
                 f"the column {named!r} holds {_type_name(features[named])}, but labels are classes, integers or "
-                f"strings; the columns are {describe_columns(features)} (option data.label_column)."
+                f"strings; the columns are {describe_columns(features)} (option `label_column`)."
             )
         return named
     found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if found:
-        return _choose(found, LABEL_NAMES, features, "labels", "data.label_column")
+        return _choose(found, LABEL_NAMES, features, "labels", "label_column")
     usual = [name for name in LABEL_NAMES if name in features and _may_hold_labels(features[name])]
     return usual[0] if usual else None
 
@@ -150,7 +150,7 @@ def read_label(value: Any, num_classes: int | None, column: str) -> int:
     if num_classes is not None and value >= num_classes:
         raise ConfigurationError(
             f"the stream holds the label {value} in the column {column!r}, but the classes are 0 to {num_classes - 1}"
-            f": set model.num_classes to at least {value + 1}."
+            f": set `num_classes` to at least {value + 1}."
         )
     return int(value)
 
@@ -168,13 +168,13 @@ def _check_no_missing(missing: np.ndarray, column: str) -> None:
     if len(missing) and len(rows) == len(missing):
         raise DataError(
             f"no row of the dataset has a label in the column {column!r}: choose another column (option "
-            "data.label_column) or split (option data.split)."
+            "`label_column`) or split (option `split`)."
         )
     if len(rows):
         more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
         raise DataError(
             f"row {rows[0]}{more} of the dataset has no label in the column {column!r}: remove such rows, or choose "
-            "another column (option data.label_column) or split (option data.split)."
+            "another column (option `label_column`) or split (option `split`)."
         )
 
 
@@ -183,18 +183,18 @@ def _check_rows(wrong: np.ndarray, numbers: np.ndarray, column: str, what: str) 
     if len(rows):
         raise DataError(
             f"the label {numbers[rows[0]]} of row {rows[0]} of the dataset {what}: correct the column {column!r}, or "
-            "choose another one (option data.label_column)."
+            "choose another one (option `label_column`)."
         )
 
 
-def _check_exists(features: Mapping[str, Any], named: str, option: str) -> None:
+def _check_exists(features: Mapping[str, Any], named: str, argument: str) -> None:
     if named not in features:
         raise ConfigurationError(
-            f"the dataset has no column {named!r}, its columns are {describe_columns(features)} (option {option})."
+            f"the dataset has no column {named!r}, its columns are {describe_columns(features)} (option `{argument}`)."
         )
 
 
-def _choose(found: list[str], usual: tuple[str, ...], features: Mapping[str, Any], what: str, option: str) -> str:
+def _choose(found: list[str], usual: tuple[str, ...], features: Mapping[str, Any], what: str, argument: str) -> str:
     if len(found) == 1:
         return found[0]
     for name in usual:
@@ -202,7 +202,7 @@ def _choose(found: list[str], usual: tuple[str, ...], features: Mapping[str, Any
             return name
     problem = "has several columns that could hold" if found else "has no column with"
     raise ConfigurationError(
-        f"the dataset {problem} {what}, its columns are {describe_columns(features)}: name one (option {option})."
+        f"the dataset {problem} {what}, its columns are {describe_columns(features)}: name one (option `{argument}`)."
     )
 
 

@@ -1,23 +1,31 @@
-"""Any dataset of images, opened for training: from the Hub or a folder, map style or as a stream."""
+"""Any dataset of images, opened for training: of the Hub, a folder or a file, map style or as a stream."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from diffusers_srepa.data.columns import find_image_column, find_label_column
 from diffusers_srepa.data.image_dataset import ImageDataset, OnBadImage
-from diffusers_srepa.data.latent_store import LatentCache
-from diffusers_srepa.data.source import DataFiles, open_source
+from diffusers_srepa.data.latent_cache.read import LatentCache
 from diffusers_srepa.data.streaming import StreamingImages
-from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.errors import ConfigurationError, one_line
 
 
 logger = logging.getLogger(__name__)
+
+#: Loader of the datasets library for a single file, by its ending.
+FILE_LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
+#: Pieces of a local dataset that is read as a stream; enough to be dealt to many processes.
+LOCAL_STREAM_SHARDS = 64
+
+DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
 def load_image_dataset(
@@ -38,15 +46,20 @@ def load_image_dataset(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     latent_cache: str | Path | LatentCache | None = None,
-    codec_id: str | None = None,
+    encoder_id: str | None = None,
     need_pixels: bool = True,
 ) -> ImageDataset | StreamingImages:
     """Open a dataset of images for training.
 
     Args:
-        name_or_path: repository on the Hub, local folder or file (see `open_source`), or an object of the datasets
-            library.
-        name, split, revision, data_dir, data_files, streaming, cache_dir, token: see `open_source`.
+        name_or_path: repository on the Hub, local folder (of images, of tables, or written by `save_to_disk`), local
+            file (parquet, arrow, tar, zip), or an object of the datasets library.
+        name (`str`, *optional*): configuration of the dataset.
+        split (`str`): split, also a slice such as `"train[:1000]"` where the dataset is not a stream.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        data_dir (`str`, *optional*): folder inside the repository.
+        data_files (*optional*): files inside the repository.
+        streaming (`bool`): read the rows in order instead of downloading everything first.
         image_column (`str`, *optional*): column of the images, by default found by its type.
         label_column (`str`, *optional*): column of the classes, by default found by type and name; without one the
             dataset has a single class.
@@ -55,79 +68,143 @@ def load_image_dataset(
         on_bad_image (`str`): `"skip"` puts the next readable row in the place of an unreadable one and counts it,
             `"raise"` stops.
         seed (`int`): seed of order and flips.
+        cache_dir (`str`, *optional*): folder for downloads and prepared files.
+        token (`str` or `bool`, *optional*): Hub token; by default the stored one.
         latent_cache (`str` or `LatentCache`, *optional*): what `cache_latents` wrote for this dataset.
-        codec_id (`str`, *optional*): the codec that the cache must come from.
+        encoder_id (`str`, *optional*): the encoder that the cache must come from, see `LatentSpace`.
         need_pixels (`bool`): whether items hold the crop also when there is a latent cache.
 
     Returns:
         `ImageDataset`, or `StreamingImages` for a stream.
 
     Raises:
-        ConfigurationError: the dataset, a column or the cache does not exist or does not fit.
+        ConfigurationError: the dataset, a split, a column or the cache does not exist or does not fit.
         DataError: rows without labels, or no rows.
     """
-    _check_options(resolution, on_bad_image)
+    if resolution < 1:
+        raise ConfigurationError(f"`resolution` is {resolution}, but must be at least 1.")
+    if on_bad_image not in ("skip", "raise"):
+        raise ConfigurationError(f"`on_bad_image` is {on_bad_image!r}, but must be 'skip' or 'raise'.")
     source: Dataset | IterableDataset
     if isinstance(name_or_path, Dataset | IterableDataset):
         source, described = name_or_path, type(name_or_path).__name__
     else:
         described = str(name_or_path)
-        source = open_source(
-            name_or_path,
-            name=name,
-            split=split,
-            revision=revision,
-            data_dir=data_dir,
-            data_files=data_files,
-            streaming=streaming,
-            cache_dir=cache_dir,
-            token=token,
-        )
-    options: dict[str, Any] = {"resolution": resolution, "seed": seed, "horizontal_flip": horizontal_flip}
-    options |= {"on_bad_image": on_bad_image}
+        remote = {"revision": revision, "token": token}
+        files = {"data_dir": data_dir, "data_files": data_files}
+        source = _open_source(name_or_path, name, split, streaming, cache_dir, files, remote)
     if isinstance(source, IterableDataset):
-        return _open_stream(source, described, image_column, label_column, latent_cache, options)
-    options |= _columns(described, source.features, image_column, label_column)
-    return ImageDataset(source, latent_cache=_cache(latent_cache, codec_id), need_pixels=need_pixels, **options)
-
-
-def _check_options(resolution: int, on_bad_image: str) -> None:
-    if resolution < 1:
-        raise ConfigurationError(f"data.resolution is {resolution}, but must be at least 1.")
-    if on_bad_image not in ("skip", "raise"):
-        raise ConfigurationError(f"data.on_bad_image is {on_bad_image!r}, but must be 'skip' or 'raise'.")
-
-
-def _cache(latent_cache: str | Path | LatentCache | None, codec_id: str | None) -> LatentCache | None:
-    if latent_cache is None:
-        return None
-    cache = latent_cache if isinstance(latent_cache, LatentCache) else LatentCache.open(latent_cache)
-    cache.check(codec_id=codec_id)
-    return cache
-
-
-def _columns(
-    described: str, features: Mapping[str, Any], image_column: str | None, label_column: str | None
-) -> dict[str, str | None]:
-    labels = find_label_column(features, label_column)
-    if labels is None:
+        if latent_cache is not None:
+            raise ConfigurationError(
+                "a latent cache finds latents by row number, which a stream does not have: unset `streaming` or "
+                "`latent_cache`."
+            )
+        source = source if source.features is not None else source._resolve_features()
+    found_label_column = find_label_column(source.features or {}, label_column)
+    if found_label_column is None:
         logger.warning(f"the dataset {described} has no column of labels: all images are of one class, 0.")
-    return {"image_column": find_image_column(features, image_column), "label_column": labels}
-
-
-def _open_stream(
-    source: IterableDataset,
-    described: str,
-    image_column: str | None,
-    label_column: str | None,
-    latent_cache: Any,
-    options: dict[str, Any],
-) -> StreamingImages:
+    options: dict[str, Any] = {
+        "image_column": find_image_column(source.features or {}, image_column),
+        "label_column": found_label_column,
+        "resolution": resolution,
+        "seed": seed,
+        "horizontal_flip": horizontal_flip,
+        "on_bad_image": on_bad_image,
+    }
+    if isinstance(source, IterableDataset):
+        return StreamingImages(source, name=described, **options)
+    if latent_cache is not None and not isinstance(latent_cache, LatentCache):
+        latent_cache = LatentCache.open(latent_cache)
     if latent_cache is not None:
+        latent_cache.check(encoder_id=encoder_id)
+    return ImageDataset(source, latent_cache=latent_cache, need_pixels=need_pixels, **options)
+
+
+def _open_source(
+    name_or_path: str | Path,
+    name: str | None,
+    split: str,
+    streaming: bool,
+    cache_dir: str | Path | None,
+    files: dict[str, Any],
+    remote: dict[str, Any],
+) -> Dataset | IterableDataset:
+    """One split of a dataset by name; `files` choose inside a folder or repository, `remote` is for the Hub alone."""
+    path = Path(name_or_path).expanduser()
+    kwargs: dict[str, Any] = {"name": name, "split": split, "cache_dir": cache_dir, "streaming": streaming}
+    if _is_saved_to_disk(path):
+        return _open_saved(path, split, streaming)
+    if path.is_file():
+        loader = FILE_LOADERS.get(path.suffix.lower())
+        if loader is None:
+            raise ConfigurationError(
+                f"the file {path} cannot be read as a dataset, which must be a folder, a Hub id, or a file ending in "
+                f"{', '.join(FILE_LOADERS)} (option `name_or_path`)."
+            )
+        return _load(name_or_path, loader, data_files=str(path), **kwargs)
+    if path.is_dir():
+        return _load(name_or_path, str(path), **files, **kwargs)
+    if _looks_like_a_path(str(name_or_path)):
+        raise ConfigurationError(f"the dataset {name_or_path} does not exist (option `name_or_path`).")
+    return _load(name_or_path, str(name_or_path), **files, **remote, **kwargs)
+
+
+def _load(
+    asked_for: str | Path, loader: str, *, split: str, streaming: bool, **kwargs: Any
+) -> Dataset | IterableDataset:
+    # The steps of `datasets.load_dataset`, with a look at the splits before anything is downloaded.
+    try:
+        builder = datasets.load_dataset_builder(loader, **kwargs)
+        _check_split(asked_for, builder, split)
+        if streaming:
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # The loaders of the library raise whatever their file formats and transports raise.
+        configuration = f", configuration {kwargs['name']}" if kwargs["name"] else ""
+        reason = one_line(error.__cause__ or error)
         raise ConfigurationError(
-            "a latent cache finds latents by row number, which a stream does not have: unset data.streaming or "
-            "data.latent_cache."
+            f"the dataset {asked_for}{configuration}, split {split} cannot be opened ({reason}): change "
+            "`name_or_path`, `name` or `split`."
+        ) from error
+
+
+def _check_split(asked_for: str | Path, builder: datasets.DatasetBuilder, split: str) -> None:
+    known = [str(found) for found in builder.info.splits or builder.config.data_files or ()]
+    wanted = re.match(r"[\w.-]+", split)
+    if known and (wanted is None or wanted.group() not in [*known, "all"]):
+        raise ConfigurationError(
+            f"the dataset {asked_for} has no split {split!r}, its splits are {', '.join(map(repr, known))} "
+            "(option `split`)."
         )
-    source = source if source.features is not None else source._resolve_features()
-    options |= _columns(described, source.features or {}, image_column, label_column)
-    return StreamingImages(source, name=described, **options)
+
+
+def _is_saved_to_disk(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    )
+
+
+def _open_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigurationError(
+            f"the dataset saved in {path} cannot be opened ({one_line(error)}): change `name_or_path`."
+        ) from error
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise ConfigurationError(
+                f"the dataset saved in {path} has no split {split!r}, its splits are "
+                f"{', '.join(repr(str(found)) for found in saved)} (option `split`)."
+            )
+        saved = saved[split]
+    if streaming:
+        return saved.to_iterable_dataset(num_shards=max(1, min(LOCAL_STREAM_SHARDS, len(saved))))
+    return saved
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from diffusers_srepa.data.columns import no_labels, read_labels
 from diffusers_srepa.data.fingerprint import dataset_fingerprint
 from diffusers_srepa.data.images import read_crop
-from diffusers_srepa.data.latent_store import LatentCache
+from diffusers_srepa.data.latent_cache.read import LatentCache
 from diffusers_srepa.data.order import SampleKey, is_flipped
 from diffusers_srepa.errors import ConfigurationError, DataError
 
@@ -61,9 +61,9 @@ class ImageDataset(Dataset):
         need_pixels: bool = True,
     ) -> None:
         if len(source) == 0:
-            raise DataError("the dataset has no rows: choose another one (option data.dataset) or split (data.split).")
+            raise DataError("the dataset has no rows: choose another one (option `name_or_path`) or split (`split`).")
         if latent_cache is None and not need_pixels:
-            raise ConfigurationError("without pixels the dataset needs a latent cache (option data.latent_cache).")
+            raise ConfigurationError("without pixels the dataset needs a latent cache (option `latent_cache`).")
         self.image_column = image_column
         self.label_column = label_column
         self.resolution = resolution
@@ -105,7 +105,7 @@ class ImageDataset(Dataset):
                 self._report(row, error)
         raise DataError(
             f"none of the {attempts} rows of the dataset from row {key.index} on can be read, so it is given up: see "
-            "the warnings above (option data.dataset)."
+            "the warnings above (option `name_or_path`)."
         )
 
     def read_pixels(self, row: int) -> torch.Tensor:
@@ -131,7 +131,7 @@ class ImageDataset(Dataset):
 
     def _report(self, row: int, error: DataError) -> None:
         if self.on_bad_image == "raise":
-            raise DataError(f"{str(error).rstrip('.')}: repair it, or set data.on_bad_image to skip.") from error
+            raise DataError(f"{str(error).rstrip('.')}: repair it, or set `on_bad_image` to skip.") from error
         if row not in self._reported:
             self._reported.add(row)
             logger.warning(f"{error} The next readable row takes its place.")

@@ -61,22 +61,20 @@ class BatchLayout:
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1:
-            raise ConfigurationError(
-                f"training.global_batch_size is {self.global_batch_size}, but must be at least 1."
-            )
+            raise ConfigurationError(f"`global_batch_size` is {self.global_batch_size}, but must be at least 1.")
         if self.micro_batch_size < 1:
-            raise ConfigurationError(f"training.micro_batch_size is {self.micro_batch_size}, but must be at least 1.")
+            raise ConfigurationError(f"`micro_batch_size` is {self.micro_batch_size}, but must be at least 1.")
         if not 0 <= self.process_index < self.num_processes:
             raise ConfigurationError(
-                f"the process index is {self.process_index}, but must lie in [0, {self.num_processes}), the processes "
-                "of the launcher's --num_processes."
+                f"`process_index` is {self.process_index}, but must lie in [0, {self.num_processes}), the number of "
+                "processes."
             )
         at_once = self.num_processes * self.micro_batch_size
         if self.global_batch_size % at_once:
             raise ConfigurationError(
-                f"training.global_batch_size is {self.global_batch_size}, which is no multiple of {at_once}, the "
+                f"`global_batch_size` is {self.global_batch_size}, which is no multiple of {at_once}, the "
                 f"{self.num_processes} process(es) times micro-batches of {self.micro_batch_size}: change "
-                "training.global_batch_size, training.micro_batch_size or the number of processes."
+                "`global_batch_size`, `micro_batch_size` or the number of processes."
             )
 
     @property
@@ -130,7 +128,7 @@ class GlobalBatchSampler:
         if num_samples < global_batch_size:
             raise ConfigurationError(
                 f"the dataset has {num_samples} rows, fewer than one global batch of {global_batch_size}: lower "
-                "training.global_batch_size or use a larger dataset."
+                "`global_batch_size` or use a larger dataset."
             )
         check_steps(start_step, num_steps)
         self.num_samples = num_samples

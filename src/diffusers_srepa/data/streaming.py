@@ -22,13 +22,12 @@ from datasets import IterableDataset as RowStream
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffusers_srepa.data.columns import class_names, is_string, read_label
-from diffusers_srepa.data.faults import one_line
 from diffusers_srepa.data.fingerprint import stream_fingerprint
 from diffusers_srepa.data.image_dataset import MAX_REPLACEMENTS, OnBadImage
 from diffusers_srepa.data.images import read_crop
-from diffusers_srepa.data.loading import RESUME
 from diffusers_srepa.data.order import BatchLayout, check_steps, is_flipped, keyed_permutation
-from diffusers_srepa.errors import ConfigurationError, DataError
+from diffusers_srepa.data.read_errors import RESUME
+from diffusers_srepa.errors import ConfigurationError, DataError, one_line
 
 
 logger = logging.getLogger(__name__)
@@ -87,12 +86,12 @@ class StreamingImages(IterableDataset):
         if is_string(label_feature):
             raise ConfigurationError(
                 f"the labels in the column {label_column!r} are strings, which a stream cannot number: unset "
-                "data.streaming or choose another column (option data.label_column)."
+                "`streaming` or choose another column (option `label_column`)."
             )
         if source.num_shards < _FEW_SHARDS:
             logger.warning(
                 f"the stream has {source.num_shards} shard(s), so rows are mixed within blocks of {block_rows} and "
-                "little beyond: if its rows are sorted by class, unset data.streaming."
+                "little beyond: if its rows are sorted by class, unset `streaming`."
             )
         self.name = name
         self.image_column = image_column
@@ -149,8 +148,8 @@ class StreamingImages(IterableDataset):
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ConfigurationError(
-                f"a stream is one sequence and cannot be read by {worker.num_workers} workers: set data.num_workers "
-                "to 0 or 1, or unset data.streaming."
+                f"a stream is one sequence and cannot be read by {worker.num_workers} workers: set `num_workers` "
+                "to 0 or 1, or unset `streaming`."
             )
         layout = self.layout
         first = self.start_step * layout.samples_per_step
@@ -183,7 +182,7 @@ class StreamingImages(IterableDataset):
             if total == 0:
                 raise DataError(
                     f"the stream has no rows for process {self.layout.process_index} of {self.layout.num_processes}: "
-                    "choose another dataset or split (options data.dataset, data.split), or use fewer processes."
+                    "choose another dataset or split (options `name_or_path`, `split`), or use fewer processes."
                 )
             # Beyond the first epoch, the length of an epoch is learnt by counting one.
             self._rows_per_epoch = total
@@ -208,7 +207,7 @@ class StreamingImages(IterableDataset):
         # The readers of the library raise whatever their file formats and transports raise.
         return DataError(
             f"the stream {self.name} cannot be read any further ({one_line(error)}): see to the network and to its "
-            f"files (option data.dataset), and {RESUME}."
+            f"files (option `name_or_path`), and {RESUME}."
         )
 
     def _first_readable(self, block: _Block, chosen: int) -> dict[str, Any]:
@@ -236,7 +235,7 @@ class StreamingImages(IterableDataset):
             tried += 1
         raise DataError(
             f"none of the {tried} rows of the stream from row {block.start} on can be used, so it is given up: see "
-            "the warnings above (option data.dataset)."
+            "the warnings above (option `name_or_path`)."
         )
 
     def _try(self, row: dict[str, Any], number: int) -> dict[str, Any] | None:
@@ -246,7 +245,7 @@ class StreamingImages(IterableDataset):
         except DataError as error:
             message = f"row {number} of the stream is unusable, {error}"
             if self.on_bad_image == "raise":
-                raise DataError(f"{message.rstrip('.')}: repair it, or set data.on_bad_image to skip.") from error
+                raise DataError(f"{message.rstrip('.')}: repair it, or set `on_bad_image` to skip.") from error
             logger.warning(f"{message} The next readable row takes its place.")
             return None
 

@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 from diffusers import AutoencoderKL
 
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.latents.codec import LatentCodec
+from diffusers_srepa.errors import ConfigurationError, one_line
+from diffusers_srepa.latents.latent_space import LatentSpace
 
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ _DECODER_CONFIG = {
 }
 
 
-class AutoencoderKLCodec(LatentCodec):
-    """A frozen `AutoencoderKL` as a codec; it encodes and decodes in its own dtype, outside autocast.
+class AutoencoderKLLatents(LatentSpace):
+    """A frozen `AutoencoderKL` as a latent space; it encodes and decodes in its own dtype, outside autocast.
 
     Args:
         vae (`AutoencoderKL`): put into evaluation mode, in place, and used without gradient.
@@ -94,7 +94,7 @@ class AutoencoderKLCodec(LatentCodec):
         if class_name != AutoencoderKL.__name__:
             raise ConfigurationError(
                 f"{name_or_path} holds {class_name or 'a model without a class name'}, but an AutoencoderKL is "
-                "needed: change latents.vae or latents.subfolder."
+                "needed: change `name_or_path` or `subfolder`."
             )
         try:
             vae, loaded = AutoencoderKL.from_pretrained(
@@ -106,18 +106,18 @@ class AutoencoderKLCodec(LatentCodec):
             )
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ConfigurationError(
-                f"the autoencoder {name_or_path} cannot be loaded ({_first_line(error)}): change latents.vae."
+                f"the autoencoder {name_or_path} cannot be loaded ({one_line(error)}): change `name_or_path`."
             ) from error
         missing = sorted(loaded["missing_keys"])
         if missing:
             raise ConfigurationError(
                 f"the weights of the autoencoder {name_or_path} lack {len(missing)} tensors, the first is "
-                f"{missing[0]}: change latents.vae."
+                f"{missing[0]}: change `name_or_path`."
             )
         return cls(vae)
 
     @cached_property
-    def codec_id(self) -> str:  # type: ignore[override]
+    def encoder_id(self) -> str:  # type: ignore[override]
         """Class name and a hash of the encoder: its configuration and its weights in the dtype they are loaded in."""
         digest = hashlib.blake2b(digest_size=8)
         config = {
@@ -160,9 +160,5 @@ def _find_config(name: str, subfolder: str | None, where: dict[str, Any]) -> tup
         try:
             return AutoencoderKL.load_config(name, subfolder=candidate, **where), candidate
         except (OSError, ValueError) as error:
-            reasons.append(_first_line(error))
-    raise ConfigurationError(f"no autoencoder was found at {name} ({reasons[0]}): change latents.vae.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+            reasons.append(one_line(error))
+    raise ConfigurationError(f"no autoencoder was found at {name} ({reasons[0]}): change `name_or_path`.")

@@ -1,4 +1,4 @@
-"""The codec that is none: the transformer works on pixels in [-1, 1]."""
+"""Pixel space: the transformer works on images in [-1, 1], without an autoencoder."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Self
 
 import torch
 
-from diffusers_srepa.latents.codec import LatentCodec
+from diffusers_srepa.latents.latent_space import LatentSpace
 
 
-class PixelCodec(LatentCodec):
+class PixelLatents(LatentSpace):
     """Latents are the image itself, `2 x - 1`, with standard deviation 0.
 
     `encode_moments`, `sample` and `decode` work as for an autoencoder, so that nothing else has to know the
@@ -22,7 +22,7 @@ class PixelCodec(LatentCodec):
     vae = None
 
     @property
-    def codec_id(self) -> str:
+    def encoder_id(self) -> str:
         return "pixels"
 
     def to(self, device: torch.device | str) -> Self:

@@ -1,4 +1,4 @@
-"""Images to latents and back: one interface, one pair of scaling functions."""
+"""The interface of latent spaces: images to latents and back, and the scale of latents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from typing import Self
 
 import torch
+
+from diffusers_srepa.errors import ConfigurationError
 
 
 def scale_latents(latents: torch.Tensor, scaling_factor: float, shift_factor: float = 0.0) -> torch.Tensor:
@@ -18,14 +20,14 @@ def unscale_latents(latents: torch.Tensor, scaling_factor: float, shift_factor: 
     return latents / scaling_factor + shift_factor
 
 
-class LatentCodec(ABC):
+class LatentSpace(ABC):
     """Images in [0, 1] to latents and back; frozen, without gradients.
 
     Attributes:
         latent_channels (`int`): channels C of a latent.
         downsample_factor (`int`): image pixels per latent pixel and side.
         scaling_factor (`float`), shift_factor (`float`): latents are (z - shift_factor) * scaling_factor.
-        codec_id (`str`): identity of what `encode_moments` computes; equal ids give equal moments, so a cache of
+        encoder_id (`str`): identity of what `encode_moments` computes; equal ids give equal moments, so a cache of
             moments records it.
     """
 
@@ -36,12 +38,12 @@ class LatentCodec(ABC):
 
     @property
     @abstractmethod
-    def codec_id(self) -> str:
+    def encoder_id(self) -> str:
         """Stable identity of the encoder's configuration and weights."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
-        """Move the codec to `device`, in place; returns itself."""
+        """Move the autoencoder to `device`, in place; returns itself."""
 
     @abstractmethod
     def _encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +59,7 @@ class LatentCodec(ABC):
 
         Args:
             images (`torch.Tensor`): floating point in [0, 1], shape `(B, 3, H, W)`, H and W multiples of
-                `downsample_factor`, on the codec's device.
+                `downsample_factor`, on the autoencoder's device.
 
         Returns:
             Two float32 tensors of shape `(B, C, H / f, W / f)`.
@@ -106,13 +108,13 @@ class LatentCodec(ABC):
         """Shape `(C, h, w)` of the latent of an image of `height` x `width` pixels.
 
         Raises:
-            ValueError: a side is no positive multiple of `downsample_factor`.
+            ConfigurationError: a side is no positive multiple of `downsample_factor`.
         """
         factor = self.downsample_factor
         if height < factor or width < factor or height % factor or width % factor:
-            raise ValueError(
+            raise ConfigurationError(
                 f"images of {height} x {width} pixels cannot be encoded, because both sides must be multiples of "
-                f"{factor}: change the resolution (option data.resolution)."
+                f"{factor}: change `resolution`."
             )
         return self.latent_channels, height // factor, width // factor
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,24 +21,30 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from diffusers_srepa.data.batches import read_batches
 from diffusers_srepa.data.image_dataset import ImageDataset
-from diffusers_srepa.data.latent_store import LAYOUT_FILE, CacheLayout, LatentCache, shard_file
-from diffusers_srepa.data.loading import read_batches
+from diffusers_srepa.data.latent_cache.layout import (
+    INCOMPLETE_LAYOUT_FILE,
+    LAYOUT_FILE,
+    CacheLayout,
+    done_file,
+    shard_file,
+)
+from diffusers_srepa.data.latent_cache.read import LatentCache
 from diffusers_srepa.errors import ConfigurationError, DataError
-from diffusers_srepa.latents.codec import LatentCodec
+from diffusers_srepa.files import TEMPORARY_PREFIX, write_text, written_file
+from diffusers_srepa.latents.latent_space import LatentSpace
 
-
-__all__ = ["CacheLayout", "LatentCache", "cache_latents"]
 
 logger = logging.getLogger(__name__)
 
-PLAN_FILE = "latents.incomplete.json"
+_AGAIN = "run the same command again, which keeps the finished shards"
 
 
 def cache_latents(
     dataset: ImageDataset,
-    codec: LatentCodec,
-    folder: str | Path,
+    latent_space: LatentSpace,
+    output_dir: str | Path,
     *,
     flip: bool = False,
     dtype: Literal["float16", "float32"] = "float16",
@@ -56,15 +63,15 @@ def cache_latents(
 
     Args:
         dataset (`ImageDataset`): the images, with their resolution and crop.
-        codec (`LatentCodec`): moved to `device`.
-        folder (`str`): where the cache is written.
+        latent_space (`LatentSpace`): moved to `device`.
+        output_dir (`str`): where the cache is written.
         flip (`bool`): store the latents of the mirrored crops too, which doubles the size.
         dtype (`str`): precision of the stored numbers.
         batch_size (`int`): images encoded at once.
         shard_rows (`int`): rows per file.
         process_index (`int`), num_processes (`int`): this process, and how many of them share the work.
         num_workers (`int`): loader processes.
-        device: where the codec runs.
+        device: where the autoencoder runs.
         show_progress (`bool`): whether this process shows a progress bar.
 
     Returns:
@@ -77,39 +84,42 @@ def cache_latents(
             latents do not fit into `dtype`, or writing fails; what is finished stays.
     """
     _check_arguments(dtype, batch_size, shard_rows, process_index, num_processes)
-    folder = Path(folder)
-    layout = _layout(dataset, codec.to(device), flip, dtype, shard_rows)
+    folder = Path(output_dir)
+    layout = _layout(dataset, latent_space.to(device), flip, dtype, shard_rows)
     try:
         if _join(folder, layout):
             return LatentCache.open(folder)
-        missing = [shard for shard in range(layout.num_shards) if not _done_file(folder, shard).is_file()]
+        missing = [shard for shard in range(layout.num_shards) if not done_file(folder, shard).is_file()]
         _check_space(folder, layout, missing)
         mine = [shard for shard in missing if shard % num_processes == process_index]
         total = sum(len(layout.rows_of(shard)) for shard in mine)
-        with (
-            _ShardWriter(folder, layout) as writer,
-            tqdm(total=total, desc="latents", unit="img", disable=not show_progress) as progress,
-        ):
-            for rows, crops, readable in _batches(dataset, layout, mine, batch_size, num_workers):
-                writer.add(rows, _encode(codec, crops.to(device), layout), readable)
-                progress.update(len(rows))
+        batches = _batches(dataset, layout, mine, batch_size, num_workers)
+        with closing(batches), tqdm(total=total, desc="latents", unit="img", disable=not show_progress) as progress:
+            for shard in mine:
+                unreadable: list[int] = []
+                with written_file(shard_file(folder, shard)) as temporary, temporary.open("wb") as file:
+                    for rows, crops, readable in islice(batches, -(-len(layout.rows_of(shard)) // batch_size)):
+                        file.write(_encode(latent_space, crops.to(device), layout).tobytes())
+                        unreadable += rows[~readable].tolist()
+                        progress.update(len(rows))
+                _write_json(done_file(folder, shard), {"unreadable": unreadable})
         return _finish(folder, layout)
     except OSError as error:
         raise DataError(
-            f"the latent cache in {folder} could not be written ({error.strerror or error}): free space or choose "
-            "another folder, then run the same command again, which keeps the finished shards."
+            f"the latent cache in {folder} could not be written ({error.strerror or error}): free space or change "
+            f"`output_dir`, then {_AGAIN}."
         ) from error
 
 
-def _layout(dataset: ImageDataset, codec: LatentCodec, flip: bool, dtype: str, shard_rows: int) -> CacheLayout:
-    channels, height, width = codec.latent_shape(dataset.resolution, dataset.resolution)
+def _layout(dataset: ImageDataset, latent_space: LatentSpace, flip: bool, dtype: str, shard_rows: int) -> CacheLayout:
+    channels, height, width = latent_space.latent_shape(dataset.resolution, dataset.resolution)
     return CacheLayout(
         rows=len(dataset),
         shape=(2 * channels, height, width),
         dtype=dtype,
         flip=flip,
         resolution=dataset.resolution,
-        codec_id=codec.codec_id,
+        encoder_id=latent_space.encoder_id,
         fingerprint=dataset.fingerprint,
         shard_rows=shard_rows,
     )
@@ -131,77 +141,38 @@ class _Crops(Dataset):
             return row, torch.zeros(3, self.dataset.resolution, self.dataset.resolution, dtype=torch.uint8), False
 
 
-class _ShardWriter:
-    """Appends rows to the shard they belong to; a shard counts as done when its last row is on the disk."""
-
-    def __init__(self, folder: Path, layout: CacheLayout) -> None:
-        self.folder = folder
-        self.layout = layout
-        self._file: Any = None
-        self._unreadable: list[int] = []
-
-    def __enter__(self) -> _ShardWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, rows: list[int], moments: np.ndarray, readable: torch.Tensor) -> None:
-        """Store the moments of consecutive `rows` of one shard."""
-        shard = rows[0] // self.layout.shard_rows
-        path = shard_file(self.folder, shard)
-        temporary = path.with_suffix(".tmp")
-        if self._file is None:
-            self._file = temporary.open("wb")
-        self._unreadable += [row for row, fine in zip(rows, readable.tolist(), strict=True) if not fine]
-        self._file.write(moments.tobytes())
-        if rows[-1] != self.layout.rows_of(shard)[-1]:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(temporary, path)
-        _write_json(_done_file(self.folder, shard), {"unreadable": self._unreadable})
-        self._file, self._unreadable = None, []
-
-
 def _batches(
     dataset: ImageDataset, layout: CacheLayout, shards: list[int], batch_size: int, num_workers: int
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Rows in order, their crops (B, 3, S, S) and which of them are readable; no batch crosses two shards."""
+) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor], None, None]:
+    """Row numbers in order, their crops (B, 3, S, S) and which are readable; no batch crosses two shards."""
     batches = []
     for shard in shards:
         rows = list(layout.rows_of(shard))
         batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    loader = DataLoader(_Crops(dataset), batch_sampler=batches, num_workers=num_workers)
-    for rows, crops, readable in read_batches(loader, "run the same command again, which keeps the finished shards"):
-        yield rows.tolist(), crops, readable
+    return read_batches(DataLoader(_Crops(dataset), batch_sampler=batches, num_workers=num_workers), _AGAIN)
 
 
-def _encode(codec: LatentCodec, crops: torch.Tensor, layout: CacheLayout) -> np.ndarray:
+def _encode(latent_space: LatentSpace, crops: torch.Tensor, layout: CacheLayout) -> np.ndarray:
     """Moments of uint8 crops in the cache's dtype, shape (B, copies, 2C, h, w)."""
     images = crops.float() / 255
     copies = [images, images.flip(-1)] if layout.flip else [images]
-    moments = torch.stack([torch.cat(codec.encode_moments(copy), dim=1) for copy in copies], dim=1)
+    moments = torch.stack([torch.cat(latent_space.encode_moments(copy), dim=1) for copy in copies], dim=1)
     moments = moments.to(getattr(torch, layout.dtype)).cpu()
     if not torch.isfinite(moments).all():
-        raise DataError(f"the latents have values that {layout.dtype} cannot hold: use float32 for the cache.")
+        raise DataError(f"the latents have values that {layout.dtype} cannot hold: set `dtype` to float32.")
     return moments.numpy()
 
 
 def _join(folder: Path, layout: CacheLayout) -> bool:
     """Make `folder` the place of this cache; True if it is finished already."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in (folder / LAYOUT_FILE, folder / PLAN_FILE):
+    for file in (folder / LAYOUT_FILE, folder / INCOMPLETE_LAYOUT_FILE):
         try:
             found = CacheLayout.from_json(json.loads(file.read_text()))
         except FileNotFoundError:
             continue
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigurationError(
-                f"{file} is damaged: remove it or choose another folder for the cache."
-            ) from error
+            raise ConfigurationError(f"{file} is damaged: remove it or change `output_dir`.") from error
         differences = [
             f"{name} {getattr(found, name)}, not {value}"
             for name, value in vars(layout).items()
@@ -209,36 +180,39 @@ def _join(folder: Path, layout: CacheLayout) -> bool:
         ]
         if differences:
             raise ConfigurationError(
-                f"{folder} holds a latent cache of something else ({'; '.join(differences)}): choose another folder."
+                f"{folder} holds a latent cache of something else ({'; '.join(differences)}): change `output_dir`."
             )
         return file.name == LAYOUT_FILE
-    _write_json(folder / PLAN_FILE, layout.to_json())
+    _write_json(folder / INCOMPLETE_LAYOUT_FILE, layout.to_json())
     return False
 
 
 def _finish(folder: Path, layout: CacheLayout) -> LatentCache | None:
     """Write the layout file if every shard is done."""
-    done = [_done_file(folder, shard) for shard in range(layout.num_shards)]
+    done = [done_file(folder, shard) for shard in range(layout.num_shards)]
     if not all(file.is_file() for file in done):
         return None
     unreadable = [row for file in done for row in json.loads(file.read_text())["unreadable"]]
     if len(unreadable) == layout.rows:
-        raise DataError("not one image of the dataset can be read: see the warnings above (option data.dataset).")
+        raise DataError("not one image of the dataset can be read: see the warnings above (option `name_or_path`).")
     if unreadable:
         logger.warning(f"{len(unreadable)} of {layout.rows} images could not be read and were recorded in the cache.")
     _write_json(folder / LAYOUT_FILE, layout.to_json() | {"unreadable": unreadable})
-    (folder / PLAN_FILE).unlink(missing_ok=True)
+    (folder / INCOMPLETE_LAYOUT_FILE).unlink(missing_ok=True)
+    # Of shards only, because another process may be writing the layout file at this moment.
+    for leftover in folder.glob(f"{TEMPORARY_PREFIX}shard_*"):
+        leftover.unlink(missing_ok=True)
     return LatentCache.open(folder)
 
 
 def _check_arguments(dtype: str, batch_size: int, shard_rows: int, process_index: int, num_processes: int) -> None:
     if dtype not in ("float16", "float32"):
-        raise ConfigurationError(f"the dtype of the latent cache is {dtype!r}, but must be 'float16' or 'float32'.")
+        raise ConfigurationError(f"`dtype` is {dtype!r}, but must be 'float16' or 'float32'.")
     for name, value in {"batch_size": batch_size, "shard_rows": shard_rows, "num_processes": num_processes}.items():
         if value < 1:
-            raise ConfigurationError(f"{name} is {value}, but must be at least 1.")
+            raise ConfigurationError(f"`{name}` is {value}, but must be at least 1.")
     if not 0 <= process_index < num_processes:
-        raise ConfigurationError(f"process_index is {process_index}, but must lie in [0, {num_processes}).")
+        raise ConfigurationError(f"`process_index` is {process_index}, but must lie in [0, {num_processes}).")
 
 
 def _check_space(folder: Path, layout: CacheLayout, missing: list[int]) -> None:
@@ -247,24 +221,9 @@ def _check_space(folder: Path, layout: CacheLayout, missing: list[int]) -> None:
     if needed > free:
         raise ConfigurationError(
             f"the latent cache takes {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB free: "
-            "choose another folder for it, or float16, or no flipped copies."
+            "change `output_dir`, set `dtype` to float16 or unset `flip`."
         )
 
 
-def _done_file(folder: Path, shard: int) -> Path:
-    return shard_file(folder, shard).with_suffix(".json")
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` so that `path` is whole or absent whenever the machine stops."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_text(path, json.dumps(content, indent=1))

@@ -19,11 +19,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from diffusers_srepa.data import images
-from diffusers_srepa.data.collate import collate
+from diffusers_srepa.data.batches import collate, read_batches
 from diffusers_srepa.data.datasets import load_image_dataset
-from diffusers_srepa.data.faults import is_outage, one_line
-from diffusers_srepa.data.loading import read_batches
 from diffusers_srepa.data.order import GlobalBatchSampler
+from diffusers_srepa.data.read_errors import is_outage
 from diffusers_srepa.data.streaming import StreamingImages
 from diffusers_srepa.errors import ConfigurationError, DataError
 from tests.helpers.tiny_images import image_table, jpeg, picture, png, write_image_folder
@@ -93,7 +92,7 @@ def test_a_broken_image_is_replaced_and_counted(way, broken, caplog):
 @pytest.mark.parametrize("way", ["map", "stream"])
 def test_a_broken_image_can_be_fatal(way, broken):
     table = image_table([broken] * 4, [0] * 4)
-    with pytest.raises(DataError, match=r"row \d of the .*: repair it, or set data.on_bad_image to skip\.$") as error:
+    with pytest.raises(DataError, match=r"row \d of the .*: repair it, or set `on_bad_image` to skip\.$") as error:
         list(_batches(table, way, on_bad_image="raise"))
     assert "\n" not in str(error.value)
 
@@ -107,7 +106,7 @@ def test_a_dataset_of_broken_images_is_given_up(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_fatal_image_is_one_sentence_from_any_process(way):
-    with pytest.raises(DataError, match=r"row \d of the .* data.on_bad_image to skip\.$") as error:
+    with pytest.raises(DataError, match=r"row \d of the .* `on_bad_image` to skip\.$") as error:
         list(_batches(image_table([b"garbage"] * 4, [0] * 4), way, on_bad_image="raise"))
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
@@ -207,7 +206,7 @@ def test_a_loader_process_that_is_killed():
         list(read_batches(DataLoader(_Dying(_kill), batch_size=1, num_workers=2)))
     message = str(error.value)
     assert message.startswith("one of the 2 loader process(es) died (is killed by signal: Killed)")
-    assert "lower data.num_workers" in message and "--resume_from_checkpoint latest" in message
+    assert "lower `num_workers`" in message and "`resume_from_checkpoint`" in message
     assert "\n" not in message
     # Torch's own handler stays when it was the first loader of this program; ours never does.
     after = signal.getsignal(signal.SIGCHLD)
@@ -249,7 +248,7 @@ def test_faults_of_the_machine_are_one_sentence(error, num_workers):
     message = str(raised.value)
     assert message.startswith("the dataset cannot be read any further (") and "\n" not in message
     assert (str(error) or "MemoryError") in message and "Traceback" not in message
-    assert "data.dataset" in message and "--resume_from_checkpoint latest" in message
+    assert "`name_or_path`" in message and "`resume_from_checkpoint`" in message
 
 
 def test_a_programming_error_keeps_its_traceback():
@@ -287,12 +286,6 @@ def test_what_is_an_outage():
         assert not is_outage(error), error
 
 
-def test_one_line():
-    assert one_line(ValueError(" two\n  lines. ")) == "two lines"
-    assert one_line(ValueError()) == "ValueError"
-    assert len(one_line("x" * 1000)) < 320
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_files_that_disappear_while_training(tmp_path: Path, num_workers):
     folder = write_image_folder(tmp_path / "images", per_class=8)
@@ -326,7 +319,7 @@ def test_a_shard_of_a_stream_that_disappears(tmp_path: Path, num_workers):
     for file in tmp_path.glob("*.parquet"):
         file.unlink()
     with pytest.raises(
-        DataError, match=r"^the stream .* cannot be read any further \(.*\): see to .* latest\.$"
+        DataError, match=r"^the stream .* cannot be read any further \(.*\): see to .* `resume_from_checkpoint`\.$"
     ) as error:
         list(itertools.islice(batches, 20))
     assert "\n" not in str(error.value)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_srepa.data.transforms import CropGeometry, center_crop_adm, crop_geometry, to_rgb, training_crop
+from diffusers_srepa.data.images import CropGeometry, center_crop_adm, crop_geometry, to_rgb, training_crop
 from diffusers_srepa.errors import DataError
 from tests.helpers.tiny_images import picture
 

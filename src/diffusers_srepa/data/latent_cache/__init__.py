@@ -1,0 +1,1 @@
+"""The latents of a dataset on disk: their format, writing and reading."""

@@ -1,0 +1,159 @@
+"""Reading a latent cache: moments by row number, through a memory map."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from diffusers_srepa.data.fingerprint import same_images
+from diffusers_srepa.data.latent_cache.layout import FORMAT_VERSION, LAYOUT_FILE, CacheLayout, shard_file
+from diffusers_srepa.errors import ConfigurationError, DataError, one_line
+
+
+_WRITE_AGAIN = "write the cache again with diffusers-srepa cache-latents (option `latent_cache`)"
+
+
+class LatentCache:
+    """Moments by row number, read-only; any number of processes and loader workers may read one cache.
+
+    Args:
+        folder (`Path`): the cache.
+        layout (`CacheLayout`): what it holds.
+        unreadable (`frozenset[int]`): rows whose image could not be read when the cache was written.
+    """
+
+    def __init__(self, folder: Path, layout: CacheLayout, unreadable: frozenset[int] = frozenset()) -> None:
+        self.folder = folder
+        self.layout = layout
+        self.unreadable = unreadable
+        self._shards: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Open a finished cache, as `cache_latents` writes it.
+
+        Raises:
+            ConfigurationError: the cache is missing, unfinished, damaged or of another format.
+        """
+        folder = Path(folder)
+        try:
+            content = json.loads((folder / LAYOUT_FILE).read_text())
+            if content["version"] != FORMAT_VERSION:
+                raise ConfigurationError(
+                    f"the latent cache {folder} has format {content['version']}, but this version reads format "
+                    f"{FORMAT_VERSION}: {_WRITE_AGAIN}."
+                )
+            cache = cls(folder, CacheLayout.from_json(content), frozenset(content["unreadable"]))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigurationError(_why_missing(folder)) from None
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{folder / LAYOUT_FILE} is damaged ({type(error).__name__}): {_WRITE_AGAIN}."
+            ) from error
+        cache._check_files()
+        return cache
+
+    def check(
+        self,
+        *,
+        fingerprint: str | None = None,
+        encoder_id: str | None = None,
+        resolution: int | None = None,
+        flip: bool | None = None,
+        rows: int | None = None,
+    ) -> None:
+        """Refuse to serve another dataset, encoder or resolution; what is None is not compared.
+
+        Args:
+            fingerprint (`str`, *optional*): fingerprint of the dataset.
+            encoder_id (`str`, *optional*): identity of the encoder.
+            resolution (`int`, *optional*): side of the crops.
+            flip (`bool`, *optional*): whether mirrored latents are needed.
+            rows (`int`, *optional*): rows of the dataset.
+
+        Raises:
+            ConfigurationError: the first difference, and the option to change.
+        """
+        layout, again = self.layout, "or write another cache with diffusers-srepa cache-latents"
+        if resolution is not None and resolution != layout.resolution:
+            raise ConfigurationError(
+                f"the latent cache {self.folder} holds crops of {layout.resolution} pixels, but `resolution` is "
+                f"{resolution}: change `resolution` or `latent_cache`, {again}."
+            )
+        if encoder_id is not None and encoder_id != layout.encoder_id:
+            raise ConfigurationError(
+                f"the latent cache {self.folder} was written with the encoder {layout.encoder_id}, not with "
+                f"{encoder_id}: change the autoencoder, its precision or `latent_cache`, {again}."
+            )
+        if rows is not None and rows != layout.rows:
+            raise ConfigurationError(
+                f"the latent cache {self.folder} holds {layout.rows} rows, but the dataset has {rows}: change "
+                f"`name_or_path`, `split` or `latent_cache`, {again}."
+            )
+        if fingerprint is not None and not same_images(fingerprint, layout.fingerprint):
+            raise ConfigurationError(
+                f"the latent cache {self.folder} was written for another dataset (fingerprint {layout.fingerprint}, "
+                f"not {fingerprint}): change `name_or_path`, `split` or `latent_cache`, {again}."
+            )
+        if flip and not layout.flip:
+            raise ConfigurationError(
+                f"the latent cache {self.folder} holds no mirrored latents, but `horizontal_flip` is on: switch it "
+                "off, or write another cache, with `flip`, by diffusers-srepa cache-latents."
+            )
+
+    def moments(self, row: int, flipped: bool = False) -> torch.Tensor:
+        """Mean and standard deviation of the latent of `row`, float32, shape `(2C, h, w)`.
+
+        Raises:
+            DataError: the image of `row` could not be read when the cache was written.
+            ConfigurationError: a file of the cache has gone since it was opened.
+        """
+        if row in self.unreadable:
+            raise DataError(f"the image of row {row} of the dataset was unreadable when its latent was cached.")
+        shard, place = divmod(row, self.layout.shard_rows)
+        return torch.from_numpy(self._shard(shard)[place, int(flipped)].astype(np.float32))
+
+    def _shard(self, shard: int) -> np.ndarray:
+        if shard not in self._shards:
+            layout, path = self.layout, shard_file(self.folder, shard)
+            shape = (len(layout.rows_of(shard)), layout.copies, *layout.shape)
+            try:
+                self._shards[shard] = np.memmap(path, dtype=layout.dtype, mode="r", shape=shape)
+            except (OSError, ValueError) as error:
+                # Not a DataError, for which another row would step in, and another for each of its thousands.
+                raise ConfigurationError(
+                    f"{path} of the latent cache cannot be read any more ({one_line(error)}): bring it back, or "
+                    f"{_WRITE_AGAIN}."
+                ) from error
+        return self._shards[shard]
+
+    def _check_files(self) -> None:
+        for shard in range(self.layout.num_shards):
+            path = shard_file(self.folder, shard)
+            expected = len(self.layout.rows_of(shard)) * self.layout.bytes_per_row
+            found = path.stat().st_size if path.is_file() else 0
+            if found != expected:
+                raise ConfigurationError(
+                    f"the latent cache is damaged, because {path} has {found} bytes instead of {expected}: "
+                    f"{_WRITE_AGAIN}."
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memory map would carry the whole shard into every loader process.
+        return self.__dict__ | {"_shards": {}}
+
+
+def _why_missing(folder: Path) -> str:
+    if any(folder.glob("*shard_*")):
+        return (
+            f"the latent cache {folder} is not finished: run the same diffusers-srepa cache-latents command again "
+            "(option `latent_cache`)."
+        )
+    return (
+        f"there is no latent cache in {folder}: write it with diffusers-srepa cache-latents, or change or unset "
+        "`latent_cache`."
+    )
