@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusers_srepa.errors import ConfigurationError, in_options, one_line
-from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLCodec
+from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 
 
 AUTOENCODER_FILE = "autoencoder.json"
@@ -65,7 +64,7 @@ def load_autoencoder(
         ) from error
     try:
         with in_options({"name_or_path": AUTOENCODER_FILE, "subfolder": AUTOENCODER_FILE}):
-            codec = AutoencoderKLCodec.from_pretrained(
+            latents = AutoencoderKLLatents.from_pretrained(
                 name,
                 subfolder=reference.get("subfolder"),
                 revision=reference.get("revision"),
@@ -77,7 +76,8 @@ def load_autoencoder(
         raise ConfigurationError(
             f"the autoencoder {name} of the checkpoint {folder} cannot be loaded: pass `vae=` ({one_line(error)})."
         ) from error
-    if not _has_encoder(codec, reference.get("encoder_id")):
+    # The training names the encoder in float32, whatever it encodes in.
+    if reference.get("encoder_id") not in (None, latents.encoder_id):
         raise ConfigurationError(
             f"the autoencoder {name} is not the one that the checkpoint {folder} was trained with, its encoder is "
             "another: pass the right one as `vae=`."
@@ -86,16 +86,8 @@ def load_autoencoder(
     if isinstance(chosen, dict):
         chosen = chosen.get("vae", chosen.get("default"))
     if isinstance(chosen, torch.dtype):
-        codec.vae.to(chosen)
+        latents.vae.to(chosen)
     # A component that is passed stays where it is; "balanced" leaves the place of this one to the CPU.
     if device_map not in (None, "balanced"):
-        codec.to(device_map)
-    return codec.vae
-
-
-def _has_encoder(codec: AutoencoderKLCodec, encoder_id: str | None) -> bool:
-    """Whether a float32 autoencoder has this id, which depends on the precision that the run encoded in."""
-    if encoder_id in (None, codec.codec_id):
-        return True
-    half_precision = (AutoencoderKLCodec(copy.deepcopy(codec.vae).to(dtype)) for dtype in (torch.bfloat16, torch.half))
-    return any(half.codec_id == encoder_id for half in half_precision)
+        latents.to(device_map)
+    return latents.vae

@@ -31,6 +31,7 @@ from torch import nn
 
 from diffusers_srepa.errors import ConfigurationError, one_line
 from diffusers_srepa.files import written_folder
+from diffusers_srepa.pipelines.checkpoint import AUTOENCODER_FILE
 from diffusers_srepa.training.distributed import shard_like
 from diffusers_srepa.training.method import saved_parts
 from diffusers_srepa.training.optimizers import EMA, named_parameters
@@ -45,7 +46,6 @@ from diffusers_srepa.training.run_folder import (
 
 FORMAT = 2
 RAW_FILE = "raw.safetensors"
-AUTOENCODER_FILE = "autoencoder.json"
 
 
 @dataclass
@@ -131,8 +131,9 @@ def save_parts(modules: Mapping[str, nn.Module], folder: Path, without: tuple[st
     for name, (_, part) in saved_parts(modules).items():
         if name in without:
             continue
-        if hasattr(part, "save_pretrained"):
-            part.save_pretrained(folder / name)
+        save_pretrained: Any = getattr(part, "save_pretrained", None)
+        if save_pretrained is not None:
+            save_pretrained(folder / name)
         else:
             (folder / name).mkdir(parents=True)
             save_tensors(part.state_dict(), folder / name / "model.safetensors")

@@ -138,6 +138,7 @@ def saved_parts(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, nn.Mod
     """What is saved, by folder: the name of the module that it belongs to, and the part itself."""
     parts: dict[str, tuple[str, nn.Module]] = {}
     for name, module in modules.items():
-        inner = module.saved_parts() if hasattr(module, "saved_parts") else {name: module}
+        own: Any = getattr(module, "saved_parts", None)
+        inner = {name: module} if own is None else own()
         parts |= {folder: (name, part) for folder, part in inner.items()}
     return parts

@@ -83,7 +83,8 @@ class Trainer:
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         config = copy.deepcopy(config)
-        config.training.mixed_precision = resolve_precision(config.training.mixed_precision)
+        precision: Any = resolve_precision(config.training.mixed_precision)
+        config.training.mixed_precision = precision
         if dataset is not None:
             config.data.dataset = config.data.dataset or "(in memory)"
         config.validate()

@@ -22,6 +22,7 @@ from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.interpolant import get_interpolant, timesteps_from_uniform
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
+from diffusers_srepa.latents.latent_space import LatentSpace
 from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.randomness import keyed_rand, keyed_randn
 from diffusers_srepa.schedulers.registry import build_scheduler
@@ -55,6 +56,8 @@ class AlignedFlowMatching(TrainingMethod):
     Raises:
         ConfigurationError: what does not exist or does not fit, naming the option to change.
     """
+
+    latent_space: LatentSpace  # type: ignore[assignment]
 
     def __init__(self, config: TrainingConfig, transformer: nn.Module | None = None) -> None:
         check_names(config)
@@ -184,8 +187,12 @@ class AlignedFlowMatching(TrainingMethod):
             "pretrained_model_name_or_path": name,
             "subfolder": latents.subfolder,
             "revision": latents.revision,
-            "encoder_id": space.encoder_id,
+            "encoder_id": self._publishable_encoder_id,
         }
+
+    @cached_property
+    def _publishable_encoder_id(self) -> str:
+        return AutoencoderKLLatents(self._publishable_vae).encoder_id
 
     def describe(self) -> list[str]:
         terms = ", ".join(self.criterion.terms) or "none"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from huggingface_hub import snapshot_download
 from torch import nn
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
@@ -23,7 +21,14 @@ from diffusers_srepa.errors import ConfigurationError, close_matches, in_options
 from diffusers_srepa.hooks import BLOCK_LISTS
 from diffusers_srepa.latents.latent_space import LatentSpace
 from diffusers_srepa.latents.loading import load_latent_space
-from diffusers_srepa.models.loading import load_transformer, read_transformer_config
+from diffusers_srepa.models.loading import (
+    PROJECTORS,
+    find_folder,
+    load_transformer,
+    projector_names,
+    read_transformer_config,
+    read_weights,
+)
 from diffusers_srepa.models.presets import find_preset
 from diffusers_srepa.teachers.auto_teacher import Teacher
 
@@ -206,14 +211,7 @@ def _continue_transformer(source: str, required: dict[str, Any], chosen: dict[st
     with in_options({"source": "model.init_from"}):
         saved = read_transformer_config(source)
         _check_fits(saved, {**required, **chosen}, f"the transformer of model.init_from {source}")
-        loaded = load_transformer(source)
-    if saved.get("sample_size") == size:
-        return loaded
-    # Another resolution has another native grid; all weights are the same, only the table of positions differs.
-    resized = type(loaded).from_config({**saved, "sample_size": size})
-    weights = {name: value for name, value in loaded.state_dict().items() if name != "pos_embed"}
-    resized.load_state_dict(weights, strict=False)
-    return resized
+        return load_transformer(source, sample_size=size)
 
 
 def _check_compiler() -> None:
@@ -226,13 +224,6 @@ def _check_compiler() -> None:
         raise ConfigurationError(
             "model.compile needs a C++ compiler on the CPU, and none was found: install one, or unset model.compile."
         )
-
-
-def _projector_folder(source: str) -> Path:
-    """The folder of projectors of a pipeline, fetched if the pipeline is on the Hub; it may not exist."""
-    if Path(source).is_dir():
-        return Path(source) / "projectors"
-    return Path(snapshot_download(source, allow_patterns=["projectors/*"])) / "projectors"
 
 
 def build_student(
@@ -257,11 +248,20 @@ def build_student(
     projectors = build_projectors(config, transformer, teachers, criterion)
     student = AlignedDenoiser(transformer, taps, projectors or None, features)
     if config.model.init_from is not None and projectors:
-        saved = _projector_folder(config.model.init_from)
-        if saved.is_dir():
-            student.load_projectors(saved)
-            logger.info(f"projectors continue from {saved}")
+        with in_options({"source": "model.init_from"}):
+            _continue_projectors(student, str(config.model.init_from))
     return student
+
+
+def _continue_projectors(student: AlignedDenoiser, source: str) -> None:
+    folder = find_folder(source)
+    if not projector_names(folder):
+        return
+    student.load_projectors(folder / PROJECTORS)
+    for name, projector in student.projectors.items():
+        # Their averages, which a checkpoint of the first format has elsewhere.
+        projector.load_state_dict(read_weights(folder, f"{PROJECTORS}/{name}"))
+    logger.info(f"projectors continue from {folder / PROJECTORS}")
 
 
 def build_projectors(
