@@ -14,12 +14,19 @@ from diffusers_srepa.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one option, by its dotted name; the arguments are those of [`option`].
+    """What is known of one option.
 
     Args:
         name (`str`): dotted name, as in `"optimizer.lr"`.
         hint: type of the value; a dataclass for a section.
         default: value where none is given; `dataclasses.MISSING` for an option that must be given.
+        help (`str`): one sentence for `--help`.
+        minimum, above, below (`float`, *optional*): the range, of each of several numbers.
+        choices (`tuple[str, ...]`, *optional*): the allowed values.
+        resume (`bool`): whether it may change when a run is resumed; for a section, whether all of it may.
+        card (`str`, *optional*): row of the model card that shows the value.
+        also (`tuple[str, ...]`): names that other training scripts have for it, to answer them with this one.
+        formerly (`str`, *optional*): dotted name that it had before in the same section, still read.
     """
 
     name: str
@@ -65,33 +72,21 @@ def option(
     default: Any = dataclasses.MISSING,
     help: str = "",
     *,
-    minimum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    resume: bool = False,
-    card: str | None = None,
-    also: tuple[str, ...] = (),
-    formerly: str | None = None,
     default_factory: Callable[[], Any] | None = None,
+    **known: Any,
 ) -> Any:
     """A dataclass field that is an option of a command, or a section of options (`default_factory` its dataclass).
 
     Args:
         default: value where none is given; without it and `default_factory`, the option must be given.
         help (`str`): one sentence for `--help`.
-        minimum, above, below (`float`, *optional*): the range; both of a pair of numbers must be in it.
-        choices (`tuple[str, ...]`, *optional*): the allowed values.
-        resume (`bool`): whether it may change when a run is resumed; for a section, whether all of it may.
-        card (`str`, *optional*): row of the model card that shows the value.
-        also (`tuple[str, ...]`): names that other training scripts have for it, to answer them with this one.
-        formerly (`str`, *optional*): dotted name that it had before in the same section, still read.
+        known: what else [`Option`] holds: `minimum`, `choices`, `resume`, ...
     """
     # Name and type are those of the field, known when its class is there.
-    declared = Option("", None, default, help, minimum, above, below, choices, resume, card, also, formerly)
+    metadata = {"option": Option("", None, default, help, **known)}
     if default_factory is not None:
-        return dataclasses.field(default_factory=default_factory, metadata={"option": declared})
-    return dataclasses.field(default=default, metadata={"option": declared})
+        return dataclasses.field(default_factory=default_factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @cache
