@@ -8,10 +8,10 @@ import torch
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
 from diffusers_srepa.alignment.objectives.batch import (
     BatchCKAAlignment,
-    CKAAlignment,
     DispersiveAlignment,
     SimilarityPreservingAlignment,
 )
+from diffusers_srepa.alignment.objectives.cka import CKAAlignment
 from diffusers_srepa.alignment.objectives.gram import DistanceMarginAlignment, GramMSEAlignment, PositiveGramAlignment
 from diffusers_srepa.alignment.objectives.pointwise import LayerSyncAlignment
 from diffusers_srepa.alignment.objectives.relational import RKDDistanceAlignment

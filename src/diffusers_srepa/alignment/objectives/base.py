@@ -70,16 +70,19 @@ class AlignmentObjective(ABC):
             target = None
         self.check(student, target)
         student_tokens = self._select(student)
-        target_tokens = None if target is None else self._select(target)
-        dtype = compute_dtype(*(tokens for tokens in (student_tokens, target_tokens) if tokens is not None))
         with torch.autocast(device_type=student_tokens.device.type, enabled=False):
-            if target_tokens is not None:
-                target_tokens = (target_tokens.detach() if self.detaches_target else target_tokens).to(dtype)
-            return self.compute(student_tokens.to(dtype), target_tokens)
+            if target is None:
+                return self.compute(student_tokens.to(compute_dtype(student_tokens)), None)  # type: ignore[arg-type]
+            target_tokens = self._select(target.detach() if self.detaches_target else target)
+            dtype = compute_dtype(student_tokens, target_tokens)
+            return self.compute(student_tokens.to(dtype), target_tokens.to(dtype))
 
     @abstractmethod
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
-        """The loss on raw tokens `(B, N, D_S)` and `(B, N, D_T)`: `(B,)` or a scalar, as `scope` says."""
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss on raw tokens `(B, N, D_S)` and `(B, N, D_T)`: `(B,)` or a scalar, as `scope` says.
+
+        Objectives that need no target are given None.
+        """
 
     def check(self, student: TokenMap, target: TokenMap | None) -> None:
         """Raise `ValueError` unless this objective can compare these tokens."""

@@ -24,9 +24,8 @@ class BatchCKAAlignment(AlignmentObjective):
 
     scope: ClassVar[Literal["sample", "batch"]] = "batch"
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `()`."""
-        assert target is not None
         name = type(self).__name__
         student_rows = gather_samples(student, name).flatten(1)
         return 1.0 - linear_cka(student_rows, gather_samples(target, name).flatten(1))
@@ -42,9 +41,8 @@ class SimilarityPreservingAlignment(AlignmentObjective):
 
     scope: ClassVar[Literal["sample", "batch"]] = "batch"
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `()`."""
-        assert target is not None
         name = type(self).__name__
         difference = _row_similarities(gather_samples(student, name)) - _row_similarities(gather_samples(target, name))
         return difference.square().mean()
@@ -80,7 +78,7 @@ class DispersiveAlignment(AlignmentObjective):
         super().__post_init__()
         check_number(self, "tau", 0.0, open_end=True)
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D)` to `()`."""
         samples = gather_samples(student, type(self).__name__).flatten(1)
         logits = -squared_distances(samples) / (samples.shape[1] * self.tau)

@@ -25,9 +25,8 @@ class CKAAlignment(AlignmentObjective):
 
     min_tokens: ClassVar[int] = 2
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
-        assert target is not None
         return 1.0 - linear_cka(student, target)
 
 

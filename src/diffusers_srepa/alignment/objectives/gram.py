@@ -42,9 +42,8 @@ class GramMSEAlignment(AlignmentObjective):
         super().__post_init__()
         check_choice("form", self.form, MSE_FORMS)
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
-        assert target is not None
         return compute_gram_mse(student, target, self.form)
 
 
@@ -81,9 +80,8 @@ class GramKLAlignment(AlignmentObjective):
         check_choice("reduction", self.reduction, KL_REDUCTIONS)
         check_choice("form", self.form, KL_FORMS)
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
-        assert target is not None
         return compute_gram_kl(student, target, self.tau_teacher, self.tau_student, self.reduction, self.form)
 
 
@@ -114,9 +112,8 @@ class PositiveGramAlignment(AlignmentObjective):
         super().__post_init__()
         check_choice("remove", self.remove, ("both", "teacher"))
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
-        assert target is not None
         student_gram, target_gram = cosine_gram(student), cosine_gram(target)
         if self.remove == "both":
             student_gram = student_gram.masked_fill(student_gram < 0, 0.0)
@@ -146,8 +143,7 @@ class DistanceMarginAlignment(AlignmentObjective):
         super().__post_init__()
         check_number(self, "margin", 0.0)
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
-        assert target is not None
         difference = cosine_gram(student) - cosine_gram(target)
         return F.relu(difference.abs() - self.margin).mean(dim=(1, 2))

@@ -21,9 +21,8 @@ class CosineAlignment(AlignmentObjective):
 
     needs_equal_width: ClassVar[bool] = True
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D)` and `(B, N, D)` to `(B,)`."""
-        assert target is not None
         return -(normalize_tokens(student) * normalize_tokens(target)).sum(dim=-1).mean(dim=-1)
 
 

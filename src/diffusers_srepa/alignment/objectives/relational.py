@@ -22,9 +22,8 @@ class RKDDistanceAlignment(AlignmentObjective):
 
     min_tokens: ClassVar[int] = 2
 
-    def compute(self, student: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
-        assert target is not None
         num_tokens = student.shape[1]
         # Distances of a token to itself are equal, 0, and add nothing to the sum.
         penalty = F.huber_loss(_relative_distances(student), _relative_distances(target), reduction="none")
