@@ -146,7 +146,7 @@ def test_a_damaged_reference(tmp_path: Path, content: str) -> None:
     checkpoint = write_checkpoint(tiny_pipeline(), tmp_path)
     (checkpoint / "autoencoder.json").write_text(content)
     message = refusal(checkpoint)
-    assert "autoencoder.json does not tell" in message and "pass `vae=`" in message
+    assert "autoencoder.json of the checkpoint" in message and "pass `vae=`" in message
 
 
 def test_without_a_reference_there_is_no_fall_back_to_pixels(tmp_path: Path) -> None:

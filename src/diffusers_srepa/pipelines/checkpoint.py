@@ -31,47 +31,29 @@ def check_format(folder: Path) -> None:
         )
 
 
-def load_autoencoder(
-    folder: Path,
-    *,
-    dtype: torch.dtype | dict[str, torch.dtype] | None = None,
-    torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
-    device_map: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool | None = False,
-    **unused: Any,
-) -> AutoencoderKL | None:
-    """The autoencoder that a checkpoint names, or `None` if `folder` names none.
+def load_autoencoder(folder: Path, **kwargs: Any) -> AutoencoderKL:
+    """The autoencoder that the `autoencoder.json` of a checkpoint names.
 
     Args:
         folder (`Path`): folder of the checkpoint.
-        dtype, torch_dtype, device_map, token, cache_dir, local_files_only: as in `DiffusionPipeline.from_pretrained`.
-        unused: its other arguments.
+        kwargs: arguments of `DiffusionPipeline.from_pretrained`, of which `dtype`, `torch_dtype`, `device_map`,
+            `token`, `cache_dir` and `local_files_only` are heeded.
 
     Raises:
         ConfigurationError: there is no such autoencoder, or its encoder is not the one of the training.
     """
-    file = folder / AUTOENCODER_FILE
-    if not file.is_file():
-        return None
     try:
-        reference = json.loads(file.read_text(encoding="utf-8"))
+        reference = json.loads((folder / AUTOENCODER_FILE).read_text(encoding="utf-8"))
         name = reference["pretrained_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
-            f"{file} does not tell which autoencoder belongs to the checkpoint ({one_line(error)}): pass `vae=`."
+            f"the {AUTOENCODER_FILE} of the checkpoint {folder} names no autoencoder ({one_line(error)}): pass `vae=`."
         ) from error
+    where = {key: reference.get(key) for key in ("subfolder", "revision")}
+    where |= {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
     try:
         with in_options({"name_or_path": AUTOENCODER_FILE, "subfolder": AUTOENCODER_FILE}):
-            latents = AutoencoderKLLatents.from_pretrained(
-                name,
-                subfolder=reference.get("subfolder"),
-                revision=reference.get("revision"),
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=bool(local_files_only),
-            )
+            latents = AutoencoderKLLatents.from_pretrained(name, **where)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"the autoencoder {name} of the checkpoint {folder} cannot be loaded: pass `vae=` ({one_line(error)})."
@@ -82,12 +64,13 @@ def load_autoencoder(
             f"the autoencoder {name} is not the one that the checkpoint {folder} was trained with, its encoder is "
             "another: pass the right one as `vae=`."
         )
-    chosen = torch_dtype if dtype is None else dtype
-    if isinstance(chosen, dict):
-        chosen = chosen.get("vae", chosen.get("default"))
-    if isinstance(chosen, torch.dtype):
-        latents.vae.to(chosen)
-    # A component that is passed stays where it is; "balanced" leaves the place of this one to the CPU.
-    if device_map not in (None, "balanced"):
-        latents.to(device_map)
+    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+    if isinstance(dtype, dict):
+        dtype = dtype.get("vae", dtype.get("default"))
+    # diffusers answers anything else than a dtype with a warning and float32.
+    if isinstance(dtype, torch.dtype):
+        latents.vae.to(dtype)
+    # It leaves a component that it is passed where it is; "balanced" names no single device.
+    if kwargs.get("device_map") not in (None, "balanced"):
+        latents.to(kwargs["device_map"])
     return latents.vae

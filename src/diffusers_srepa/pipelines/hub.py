@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from diffusers_srepa.errors import one_line
 from diffusers_srepa.pipelines import pipeline_sit
-from diffusers_srepa.pipelines.checkpoint import check_format, load_autoencoder
+from diffusers_srepa.pipelines.checkpoint import AUTOENCODER_FILE, check_format, load_autoencoder
 
 
 logger = logging.get_logger(__name__)
@@ -40,9 +40,8 @@ class HubMixin(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str`):
-                The folder of a pipeline, the `checkpoint-N` of a training run, or a repository id. A checkpoint has
-                the averaged weights, and names the autoencoder of its run instead of holding it: it is loaded from
-                there unless `vae` is passed.
+                The folder of a pipeline, the `checkpoint-N` of a training run, or a repository id. The autoencoder
+                that a checkpoint names, but does not hold, is loaded too unless `vae` is passed.
             kwargs: as the base class takes them, for example `dtype`, `revision`, `variant`, or a component by name.
 
         Raises:
@@ -51,8 +50,8 @@ class HubMixin(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         check_format(folder)
-        if "vae" not in kwargs and (vae := load_autoencoder(folder, **kwargs)) is not None:
-            kwargs["vae"] = vae
+        if "vae" not in kwargs and (folder / AUTOENCODER_FILE).is_file():
+            kwargs["vae"] = load_autoencoder(folder, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -139,17 +138,11 @@ class HubMixin(DiffusionPipeline):
         the `README.md` of the local folder from which the pipeline was loaded becomes its card.
         """
         source = self.config.get("_name_or_path")
+        card = Path(source) / "README.md" if source else None
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
             return self._push_folder(
-                folder,
-                repo_id,
-                Path(source) / "README.md" if source else None,
-                private=private,
-                token=token,
-                subfolder=subfolder,
-                commit_message=commit_message,
-                create_pr=create_pr,
+                folder, repo_id, card, private, token, subfolder, commit_message=commit_message, create_pr=create_pr
             )
 
     def _push_folder(
@@ -157,7 +150,6 @@ class HubMixin(DiffusionPipeline):
         folder: str | os.PathLike,
         repo_id: str,
         first_card: Path | None = None,
-        *,
         private: bool | None = None,
         token: str | None = None,
         subfolder: str | None = None,

@@ -142,28 +142,23 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             ValueError: the pipeline has no names, or a name is unknown or belongs to several classes.
         """
         names = [label] if isinstance(label, str) else list(label)
-        id2label = self.config.id2label
-        if not id2label:
+        if not self.config.id2label:
             raise ValueError(
                 f"The class name {names[0]!r} cannot be looked up because the pipeline has no `id2label`: pass class "
                 "numbers, or give the pipeline its `id2label`."
             )
         ids_by_name: dict[str, list[int]] = {}
-        for number, entry in id2label.items():
+        for number, entry in self.config.id2label.items():
             for name in {entry, *entry.split(",")}:
                 ids_by_name.setdefault(_normalize_name(name), []).append(int(number))
         return [_find_label_id(name, ids_by_name) for name in names]
 
     def class_numbers(self, class_labels: int | str | Sequence[Any] | torch.Tensor | np.ndarray) -> list[int]:
         r"""
-        Class numbers of labels in any form that a call takes, flattened.
-
-        Args:
-            class_labels (`int`, `str`, a sequence of them, or an integer array or tensor):
-                Class numbers or names.
+        Class numbers of numbers, names, sequences of them, or an integer array or tensor; flattened.
 
         Raises:
-            ValueError: a label is neither, or there is no such class.
+            ValueError: a label is neither number nor name, or there is no such class.
         """
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.tolist()
@@ -253,10 +248,8 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         class_token_guidance_scale: float,
     ) -> None:
         """Checks the guidance of a call; each failure is a `ValueError` of one sentence."""
-        for name, value in (
-            ("guidance_scale", guidance_scale),
-            ("class_token_guidance_scale", class_token_guidance_scale),
-        ):
+        scales = {"guidance_scale": guidance_scale, "class_token_guidance_scale": class_token_guidance_scale}
+        for name, value in scales.items():
             if not _is_number(value) or value < 0:
                 raise ValueError(f"`{name}` is {value!r}, but must be a finite number of at least 0.")
         if guidance_scale > 1:
@@ -278,7 +271,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 raise ValueError(
                     f"`guidance_channels` is {guidance_channels}, but the latents have {channels} channels."
                 )
-        if class_token_guidance_scale > 0 and self._class_token_dim() is None:
+        if class_token_guidance_scale > 0 and self.transformer.config.get("class_token_dim") is None:
             raise ValueError(
                 f"`class_token_guidance_scale` is {class_token_guidance_scale}, but the transformer has no class "
                 "token (its `class_token_dim` is None): set it to 0."
@@ -335,7 +328,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self, latents: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
     ) -> torch.Tensor | None:
         """REG's initial class token, shape `(batch_size, class_token_dim)`; `None` for a transformer without one."""
-        dim = self._class_token_dim()
+        dim = self.transformer.config.get("class_token_dim")
         if dim is None:
             return None
         shape = (latents.shape[0], dim)
@@ -616,9 +609,6 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 "0): set `guidance_scale` to 1."
             )
         return label
-
-    def _class_token_dim(self) -> int | None:
-        return self.transformer.config.get("class_token_dim")
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> SiTPipeline:
