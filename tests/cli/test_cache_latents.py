@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_srepa.cli.cache_latents import CacheLatentsOptions, read_files
-from diffusers_srepa.configuration.command_line import load_config
+from diffusers_srepa.configuration.command_line import load_config, load_training_config
 from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.launched_run import LAUNCHER, environment
 from tests.helpers.tiny_run import RESOLUTION
 
@@ -32,6 +34,16 @@ def _layout(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "latents.json").read_text())
 
 
+def _refused(assets: Path, output_dir: Path, *options: Any) -> None:
+    """Trains without the command, which makes an exit code of the error."""
+    words = ["--config", assets / "config.yaml", "--output_dir", output_dir, *options]
+    try:
+        Trainer(load_training_config(list(map(str, words)))).train()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 def test_training_from_a_latent_cache_is_the_same_training(cache: Any, train: Any, tmp_path: Path) -> None:
     assert cache(tmp_path / "cache") == 0
     direct = train(tmp_path / "direct")
@@ -40,17 +52,11 @@ def test_training_from_a_latent_cache_is_the_same_training(cache: Any, train: An
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_flips_need_a_cache_with_flips(
-    assets: Path, cache: Any, call: Any, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flips_need_a_cache_with_flips(assets: Path, cache: Any, train: Any, tmp_path: Path) -> None:
     assert cache(tmp_path / "plain") == 0
     options = ["--data.horizontal_flip", "--training.max_steps", "2"]
-    words = ["train", "--config", assets / "config.yaml", "--output_dir", tmp_path / "run", *options]
-    with pytest.raises(SystemExit, match="flip"):
-        from diffusers_srepa.cli.main import main
-
-        main([*map(str, words), "--data.latent_cache", str(tmp_path / "plain")])
-    call("--help")
+    with pytest.raises(ValueError, match="flip"):
+        _refused(assets, tmp_path / "run", *options, "--data.latent_cache", tmp_path / "plain")
     assert cache(tmp_path / "flipped", "--flip") == 0
     direct = train(tmp_path / "direct", *options)
     cached = train(tmp_path / "cached", *options, "--data.latent_cache", tmp_path / "flipped")
@@ -58,13 +64,9 @@ def test_flips_need_a_cache_with_flips(
 
 
 def test_another_autoencoder_s_cache_is_refused(assets: Path, cache: Any, tmp_path: Path) -> None:
-    from diffusers_srepa.configuration.command_line import load_training_config
-    from diffusers_srepa.training.trainer import Trainer
-
     assert cache(tmp_path / "cache", "--latents.dtype", "bfloat16") == 0
-    words = ["--config", str(assets / "config.yaml"), "--output_dir", str(tmp_path / "run")]
     with pytest.raises(ValueError, match="cache"):
-        Trainer(load_training_config([*words, "--data.latent_cache", str(tmp_path / "cache")])).train()
+        _refused(assets, tmp_path / "run", "--data.latent_cache", tmp_path / "cache")
 
 
 def test_the_configuration_of_a_training_run_will_do(assets: Path, call: Any, train: Any, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The command itself: its ways to be started, its help, its exit codes, and what it does not import."""
 
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -115,4 +114,3 @@ def test_a_training_ends_with_its_exit_codes(
     assert call(*words, "--training.max_steps", 0) == 2
     with pytest.raises(SystemExit, match="error: .*no/such/images"):
         main([*map(str, words), "--data.dataset", "no/such/images"])
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)

