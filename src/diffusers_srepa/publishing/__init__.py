@@ -1,1 +1,0 @@
-"""Publishing a pipeline: its model card, what of it may be seen by anybody, and the Hub."""
