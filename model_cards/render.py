@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from diffusers_srepa import SiTTransformer2DModel
+from diffusers_srepa.publishing.model_card import render_model_card
 from diffusers_srepa.training.card_facts import facts_from_config
 from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.config import TrainingConfig
-from diffusers_srepa.training.model_card import render_model_card
 
 
 HERE = Path(__file__).resolve().parent

@@ -57,7 +57,7 @@ _PUBLIC = {
     "TrainingInterrupted": "training.interruption",
     "WarmUp": "alignment.schedule",
     "convert_checkpoint": "conversion.convert",
-    "export_checkpoint": "conversion.to_repa",
+    "export_checkpoint": "conversion.export",
     "gram_kl_loss": "alignment.structural.exact",
     "gram_mse_loss": "alignment.structural.exact",
     "parse_training_config": "training.command_line",
@@ -113,7 +113,7 @@ if TYPE_CHECKING:
     from diffusers_srepa.alignment.term import AlignmentTerm as AlignmentTerm
     from diffusers_srepa.alignment.term import Tap as Tap
     from diffusers_srepa.conversion.convert import convert_checkpoint as convert_checkpoint
-    from diffusers_srepa.conversion.to_repa import export_checkpoint as export_checkpoint
+    from diffusers_srepa.conversion.export import export_checkpoint as export_checkpoint
     from diffusers_srepa.errors import ConfigurationError as ConfigurationError
     from diffusers_srepa.errors import DataError as DataError
     from diffusers_srepa.interpolant import CosineInterpolant as CosineInterpolant

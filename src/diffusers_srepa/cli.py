@@ -204,7 +204,7 @@ def _add_convert(subcommands: argparse._SubParsersAction[argparse.ArgumentParser
 
 def _convert(arguments: argparse.Namespace) -> None:
     from diffusers_srepa.conversion import command
-    from diffusers_srepa.training import hub
+    from diffusers_srepa.publishing import hub
 
     def claim_repository() -> str:
         name = arguments.hub_model_id or arguments.output_dir.resolve().name

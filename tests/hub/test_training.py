@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import HfApi, ModelCard
 
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.publishing.hub import HubError
 from diffusers_srepa.training.command_line import load_training_config
-from diffusers_srepa.training.hub import HubError
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import write_assets
 from tests.hub.server import TOKEN, HubServer

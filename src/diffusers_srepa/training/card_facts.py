@@ -22,8 +22,8 @@ from diffusers_srepa.alignment.schedule import (
 )
 from diffusers_srepa.alignment.term import DEFAULT, AlignmentTerm, Tap
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+from diffusers_srepa.publishing.card_facts import ModelCardFacts
 from diffusers_srepa.training.config import TrainingConfig
-from diffusers_srepa.training.model_card import ModelCardFacts
 from diffusers_srepa.training.teachers import teacher_settings
 
 

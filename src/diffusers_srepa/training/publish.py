@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
-from diffusers_srepa.training import hub
+from diffusers_srepa.errors import in_options
+from diffusers_srepa.publishing import hub
+from diffusers_srepa.publishing.model_card import write_model_card
 from diffusers_srepa.training.card_facts import facts_from_config
 from diffusers_srepa.training.components import Components
 from diffusers_srepa.training.config import TrainingConfig
-from diffusers_srepa.training.model_card import write_model_card
 from diffusers_srepa.training.run_folder import METRICS_FILE
 
 
@@ -31,14 +32,16 @@ def claim_repository(config: TrainingConfig, accelerator: Accelerator) -> str | 
     repository: list[str | None] = [None]
     if accelerator.is_main_process:
         name = config.hub_model_id or Path(str(config.output_dir)).resolve().name
-        repository = [hub.create_repository(name, private=config.hub_private or None, license=config.hub_license)]
+        with in_options({"repo_id": "hub_model_id"}):
+            repository = [hub.create_repository(name, private=config.hub_private or None, license=config.hub_license)]
     return broadcast_object_list(repository)[0]
 
 
 def push(output_dir: Path, repository: str, step: int) -> None:
     """Upload the finished pipeline; a Hub that fails costs a warning, never the run."""
     try:
-        url = hub.push_folder(output_dir, repository, commit_message=f"Upload SiTPipeline after {step} steps")
+        with in_options({"repo_id": "hub_model_id"}):
+            url = hub.push_folder(output_dir, repository, commit_message=f"Upload SiTPipeline after {step} steps")
     except hub.HubError as error:
         logger.warning(f"the pipeline was not pushed: {error}")
         return

@@ -16,13 +16,14 @@ from PIL import Image
 
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.publishing.card_facts import ModelCardFacts, package_versions
+from diffusers_srepa.publishing.licences import licence_note
+from diffusers_srepa.publishing.model_card import write_model_card
+from diffusers_srepa.publishing.redaction import public_config, public_versions
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from diffusers_srepa.training.card_facts import facts_from_config
 from diffusers_srepa.training.command_line import load_training_config
 from diffusers_srepa.training.config import TrainingConfig
-from diffusers_srepa.training.licence_notes import licence_note
-from diffusers_srepa.training.model_card import ModelCardFacts, package_versions, public_config, write_model_card
-from diffusers_srepa.training.publishable import publishable_versions
 from tests.hub.card_rules import validate_card
 
 
@@ -389,7 +390,7 @@ def test_published_files_hold_no_local_path(tmp_path: Path) -> None:
     config = TrainingConfig(output_dir=str(run))
     config.data.dataset = str(tmp_path / "images")
     (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    versions = publishable_versions(run, [*files, "config.yaml"])
+    versions = public_versions(run, [*files, "config.yaml"])
     assert set(versions) == {"vae/config.json", "config.yaml"}
     assert json.loads(versions["vae/config.json"]) == {"sample_size": 32}
     published = yaml.safe_load(versions["config.yaml"])
