@@ -32,7 +32,7 @@ def claim_repository(config: TrainingConfig, accelerator: Accelerator) -> str | 
     repository: list[str | None] = [None]
     if accelerator.is_main_process:
         name = config.hub_model_id or Path(str(config.output_dir)).resolve().name
-        with in_options({"repo_id": "hub_model_id"}):
+        with in_options({"repo_id": "--hub_model_id"}):
             repository = [hub.create_repository(name, private=config.hub_private or None, license=config.hub_license)]
     return broadcast_object_list(repository)[0]
 
@@ -40,7 +40,7 @@ def claim_repository(config: TrainingConfig, accelerator: Accelerator) -> str | 
 def push(output_dir: Path, repository: str, step: int) -> None:
     """Upload the finished pipeline; a Hub that fails costs a warning, never the run."""
     try:
-        with in_options({"repo_id": "hub_model_id"}):
+        with in_options({"repo_id": "--hub_model_id"}):
             url = hub.push_folder(output_dir, repository, commit_message=f"Upload SiTPipeline after {step} steps")
     except hub.HubError as error:
         logger.warning(f"the pipeline was not pushed: {error}")
