@@ -207,7 +207,8 @@ def _add_convert(subcommands: argparse._SubParsersAction[argparse.ArgumentParser
 
 def _convert(arguments: argparse.Namespace) -> None:
     from diffusers_srepa.conversion import command
-    from diffusers_srepa.training import hub
+    from diffusers_srepa.errors import in_options
+    from diffusers_srepa.publishing import hub
 
     def claim_repository() -> str:
         name = arguments.hub_model_id or arguments.output_dir.resolve().name
@@ -217,7 +218,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{result.summary}\n" + "".join(f"note: {note}\n" for note in result.notes))
     sys.stdout.write(f"written to {result.path}\n")
     if result.repository is not None:
-        url = hub.push_folder(result.path, result.repository, commit_message="Upload converted SiTPipeline")
+        with in_options({"repo_id": "--hub_model_id"}):
+            url = hub.push_folder(result.path, result.repository, commit_message="Upload converted SiTPipeline")
         sys.stdout.write(f"pushed to {url}\n")
 
 

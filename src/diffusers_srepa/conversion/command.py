@@ -92,42 +92,43 @@ def run(arguments: argparse.Namespace, claim_repository: Callable[[], str] | Non
     Raises:
         ConfigurationError: input that cannot be converted, in one sentence; nothing has been written then.
     """
-    import torch
-
     from diffusers_srepa.conversion.convert import convert_checkpoint
+    from diffusers_srepa.conversion.export import export_checkpoint
     from diffusers_srepa.conversion.layout import Choices
-    from diffusers_srepa.conversion.to_repa import export_checkpoint
-    from diffusers_srepa.errors import ConfigurationError
+    from diffusers_srepa.errors import ConfigurationError, in_options
 
+    options = {name: f"--{name}" for name in vars(arguments)}
+    options |= {"source": "--checkpoint", "output": "--output_dir", "repo_id": "--hub_model_id"}
     if arguments.to == "repa":
         given = [name for name, value in _PIPELINE_OPTIONS.items() if getattr(arguments, name) != value]
         if given:
             raise ConfigurationError(f"--{given[0]} has no meaning with --to repa: leave it out.")
-        dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-        return export_checkpoint(
-            arguments.checkpoint, arguments.output_dir, dtype=dtype, overwrite=arguments.overwrite
-        )
+        with in_options(options):
+            return export_checkpoint(
+                arguments.checkpoint, arguments.output_dir, dtype=arguments.dtype, overwrite=arguments.overwrite
+            )
     for name in ("hub_model_id", "hub_private"):
         if getattr(arguments, name) and not arguments.push_to_hub:
             raise ConfigurationError(f"--{name} needs --push_to_hub: set it too, or leave --{name} out.")
-    return convert_checkpoint(
-        arguments.checkpoint,
-        arguments.output_dir,
-        vae=arguments.vae,
-        vae_subfolder=arguments.vae_subfolder,
-        vae_revision=arguments.vae_revision,
-        weights=arguments.weights,
-        choices=Choices(
-            format=arguments.format,
-            path_type=arguments.path_type,
-            num_attention_heads=arguments.num_attention_heads,
-            num_classes=arguments.num_classes,
-            sample_size=None if arguments.sample_size is None else tuple(arguments.sample_size),
-        ),
-        scheduler=arguments.scheduler,
-        dtype=arguments.dtype,
-        id2label=arguments.id2label,
-        projector_names=arguments.projector_names,
-        overwrite=arguments.overwrite,
-        claim_repository=claim_repository if arguments.push_to_hub else None,
-    )
+    with in_options(options):
+        return convert_checkpoint(
+            arguments.checkpoint,
+            arguments.output_dir,
+            vae=arguments.vae,
+            vae_subfolder=arguments.vae_subfolder,
+            vae_revision=arguments.vae_revision,
+            weights=arguments.weights,
+            choices=Choices(
+                format=arguments.format,
+                path_type=arguments.path_type,
+                num_attention_heads=arguments.num_attention_heads,
+                num_classes=arguments.num_classes,
+                sample_size=None if arguments.sample_size is None else tuple(arguments.sample_size),
+            ),
+            scheduler=arguments.scheduler,
+            dtype=arguments.dtype,
+            id2label=arguments.id2label,
+            projector_names=arguments.projector_names,
+            overwrite=arguments.overwrite,
+            claim_repository=claim_repository if arguments.push_to_hub else None,
+        )

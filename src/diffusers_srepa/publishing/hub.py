@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,8 +17,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id
 
-from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.publishable import publishable_versions
+from diffusers_srepa.errors import ConfigurationError, causes, one_line
+from diffusers_srepa.publishing.redaction import public_versions
 
 
 logger = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ def create_repository(
         validate_repo_id(repo_id)
     except HFValidationError:
         raise HubError(
-            f"{repo_id!r} is not a valid repository id: set --hub_model_id to namespace/name, made of letters, "
-            "digits, '-', '_' and '.', at most 96 characters."
+            f"{repo_id!r} is not a valid repository id: set `repo_id` to namespace/name, made of letters, digits, "
+            "'-', '_' and '.', at most 96 characters."
         ) from None
     api = HfApi(token=token)
 
@@ -108,7 +108,7 @@ def push_folder(
 ) -> str:
     """Push a finished pipeline folder as one commit, its own README.md included.
 
-    Local paths stay at home: `config.yaml` and the components' `config.json` go as `publishable_versions` gives them.
+    Local paths stay at home: `config.yaml` and the components' `config.json` go as `public_versions` gives them.
     An attempt that fails for a passing reason (a connection that breaks, status 408, 429 or 5xx) is repeated after
     `first_wait`, then 2, 4, ... times as long. What the Hub already has is not sent again, and a commit whose answer
     was lost is recognised, not repeated.
@@ -134,7 +134,7 @@ def push_folder(
     token = _find_token(token)
     paths = _paths_to_push(folder, ignore_patterns)
     _refuse_token_in_files(folder, paths, token)
-    versions = publishable_versions(folder, paths)
+    versions = public_versions(folder, paths)
     api = HfApi(token=token)
 
     def commit() -> str:
@@ -149,14 +149,14 @@ def push_folder(
     try:
         return _retried(commit, f"pushing to {repo_id}", attempts=attempts, first_wait=first_wait)
     except HubError as error:
-        raise HubError(f"{str(error).rstrip('.')}; all files are kept in {folder}, push them again later.") from None
+        raise HubError(f"{one_line(error, 1000)}; all files are kept in {folder}, push them again later.") from None
 
 
 def _find_token(token: str | None) -> str:
     token = token or get_token()
     if not token:
         raise HubError(
-            "no Hugging Face token was found: run `hf auth login`, set HF_TOKEN, or leave out --push_to_hub."
+            "no Hugging Face token was found: run `hf auth login`, set HF_TOKEN, or do not push to the Hub."
         )
     if not (token.isascii() and token.isprintable() and " " not in token):
         # An HTTP library would refuse it as a header value, and quote it in full.
@@ -215,27 +215,20 @@ def _retried(call: Callable[[], _Result], doing: str, *, attempts: int, first_wa
             logger.warning("%s failed (%s): attempt %d of %d in %g s", doing, reason, attempt + 1, attempts, wait)
             time.sleep(wait)
         except ValueError as error:
-            raise HubError(f"{doing} failed: {_one_line(error)}.") from None
+            raise HubError(f"{doing} failed: {one_line(error)}.") from None
     raise HubError(f"{doing} was not tried: attempts is {attempts}, but must be at least 1.")
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    # The client wraps a failed upload of a large file in a RuntimeError.
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__
-
-
 def _status(error: BaseException) -> int | None:
-    for cause in _causes(error):
+    # The client wraps a failed upload of a large file in a RuntimeError.
+    for cause in causes(error):
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             return int(cause.response.status_code)
     return None
 
 
 def _is_transient(error: BaseException) -> bool:
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes(error)):
         return False
     status = _status(error)
     return status is None or status in _TRANSIENT_STATUS
@@ -244,23 +237,18 @@ def _is_transient(error: BaseException) -> bool:
 def _explain(error: BaseException) -> str:
     """Why the Hub did not do it, and what to change."""
     endpoint = HfApi().endpoint
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
-        return "HF_HUB_OFFLINE is set: unset it, or leave out --push_to_hub"
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes(error)):
+        return "HF_HUB_OFFLINE is set: unset it, or do not push at all"
     status = _status(error)
     if status is None:
-        reason = _one_line(list(_causes(error))[-1])
+        reason = one_line(list(causes(error))[-1])
         return f"the Hub at {endpoint} cannot be reached ({reason}): check the network and HF_ENDPOINT"
     if status == 401:
         return f"the Hub does not accept the token (401 from {endpoint}): run `hf auth login` or set HF_TOKEN anew"
     if status == 403:
-        return "the token may not write there (403): use a token with write permission, or change --hub_model_id"
+        return "the token may not write there (403): use a token with write permission, or change `repo_id`"
     if status == 404:
-        return "there is no such repository or branch (404): check --hub_model_id"
-    messages = [getattr(cause, "server_message", None) for cause in _causes(error)]
-    said = next((f": {_one_line(message)}" for message in messages if message), "")
+        return "there is no such repository or branch (404): check `repo_id`"
+    messages = [getattr(cause, "server_message", None) for cause in causes(error)]
+    said = next((f": {one_line(message)}" for message in messages if message), "")
     return f"{endpoint} answered with status {status}{said}"
-
-
-def _one_line(message: object) -> str:
-    text = " ".join(str(message).split())[:200].rstrip(".")
-    return text or type(message).__name__

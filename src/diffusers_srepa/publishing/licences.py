@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from diffusers_srepa.publishing.redaction import public_id
+
 
 _NOTES = (
     (r"facebook/dinov2-(with-registers-)?(small|base|large|giant)", "Apache-2.0 by its card"),
@@ -32,3 +34,19 @@ def licence_note(repository: str | None) -> str | None:
         if repository is not None and re.fullmatch(pattern, repository):
             return note
     return None
+
+
+def describe_source(name: str | None, noun: str, prefix: str = "") -> dict[str, str | None]:
+    """How a card names a dataset or model, and what is known about its terms.
+
+    Args:
+        name (`str`, *optional*): Hub id or local path.
+        noun (`str`): what it is, such as "autoencoder"; a local one is called "a local autoencoder".
+        prefix (`str`): `"datasets/"` for a dataset, the part of its address before the id.
+
+    Returns:
+        `dict`: `link` in Markdown, and `note`, which may be None.
+    """
+    repo_id = public_id(name)
+    link = f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})" if repo_id else f"a local {noun}"
+    return {"link": link, "note": licence_note(repo_id)}

@@ -1,0 +1,1 @@
+"""Publishing a pipeline: its model card, what of it may be seen by anybody, and the Hub."""
