@@ -18,12 +18,12 @@ from diffusers_srepa.conversion.layout import DESCRIPTIONS, Choices, Layout, rea
 from diffusers_srepa.conversion.projectors import build_projector, name_projectors
 from diffusers_srepa.conversion.read import Weights, check_finite, read_checkpoint, select_weights
 from diffusers_srepa.conversion.weights import to_diffusers, to_repa_convention
-from diffusers_srepa.errors import ConfigurationError, in_options
-from diffusers_srepa.files import why_not_written, written_folder
+from diffusers_srepa.errors import ConfigurationError, in_options, one_line
+from diffusers_srepa.files import remedy, written_folder
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 from diffusers_srepa.latents.loading import load_latent_space
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
-from diffusers_srepa.pipelines.pipeline_sit import SiTPipeline
+from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.publishing.card_facts import ConvertedCardFacts
 from diffusers_srepa.publishing.model_card import write_model_card
 from diffusers_srepa.schedulers.registry import build_scheduler
@@ -247,7 +247,7 @@ def written_or_refused(target: Path) -> Iterator[None]:
     # torch.save reports a full disk as a RuntimeError.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigurationError(
-            f"{target} cannot be written {why_not_written(error)}, or choose another `output_dir`."
+            f"{target} cannot be written ({one_line(error)}): {remedy(error)}, or choose another `output_dir`."
         ) from error
 
 
