@@ -4,39 +4,26 @@
         --data.dataset ILSVRC/imagenet-1k --output_dir runs/xl
 
 `--help` lists every option. Options come from YAML files (`--config`, repeatable, later files win) and from the
-command line, which wins over files; `--print_config` shows the whole configuration that results.
+command line, which wins over files; `--print_config` shows the whole configuration that results. Where the package is
+installed, `accelerate launch -m diffusers_srepa.cli train` is the same run.
 """
 
-import sys
-from contextlib import suppress
-
 from diffusers_srepa import (
-    ConfigurationError,
-    DataError,
+    METHOD_CONFIGS,
     Trainer,
-    TrainingInterrupted,
     explain_open_values,
     parse_training_config,
-    set_up_console,
+    training_exit_codes,
 )
 
 
 def main() -> None:
     """Parse, build, train."""
-    config = parse_training_config(explain=explain_open_values)
-    set_up_console()
-    try:
+    config = parse_training_config(explain=explain_open_values, methods=METHOD_CONFIGS)
+    # Messages on the console, and exit codes: 75 for a run that has saved and can be resumed, 1 after an error, which
+    # is one sentence instead of a traceback.
+    with training_exit_codes(config):
         Trainer(config).train()
-    except (ConfigurationError, DataError, FloatingPointError, OSError) as error:
-        # One sentence instead of a traceback: what was found, what was expected, which option to change.
-        sys.exit(f"error: {error}")
-    except TrainingInterrupted as stop:
-        # Exit code 75: the run was asked to stop, has saved, and can be resumed.
-        with suppress(OSError):  # The terminal may be gone.
-            sys.stderr.write(f"{stop}\n")
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; the checkpoints are in {config.output_dir}, go on with --resume_from_checkpoint latest")
 
 
 if __name__ == "__main__":

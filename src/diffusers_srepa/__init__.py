@@ -40,6 +40,7 @@ _PUBLIC = {
     "LinearInterpolant": "interpolant",
     "LinearProjector": "alignment.projectors",
     "LossOutput": "training.method",
+    "METHOD_CONFIGS": "training.methods.registry",
     "MLPProjector": "alignment.projectors",
     "Phase": "training.method",
     "PixelLatents": "latents.pixels",
@@ -72,6 +73,7 @@ _PUBLIC = {
     "parse_training_config": "configuration.command_line",
     "register_transformer": "models.presets",
     "set_up_console": "training.logging",
+    "training_exit_codes": "cli.train",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -121,6 +123,7 @@ if TYPE_CHECKING:
     from diffusers_srepa.alignment.spatial_norm import SpatialNorm as SpatialNorm
     from diffusers_srepa.alignment.term import AlignmentTerm as AlignmentTerm
     from diffusers_srepa.alignment.term import Tap as Tap
+    from diffusers_srepa.cli.train import training_exit_codes as training_exit_codes
     from diffusers_srepa.configuration.command_line import load_training_config as load_training_config
     from diffusers_srepa.configuration.command_line import parse_training_config as parse_training_config
     from diffusers_srepa.configuration.training import RunConfig as RunConfig
@@ -151,5 +154,6 @@ if TYPE_CHECKING:
     from diffusers_srepa.training.method import TrainingMethod as TrainingMethod
     from diffusers_srepa.training.methods.aligned_flow_matching import AlignedFlowMatching as AlignedFlowMatching
     from diffusers_srepa.training.methods.checks import explain_open_values as explain_open_values
+    from diffusers_srepa.training.methods.registry import METHOD_CONFIGS as METHOD_CONFIGS
     from diffusers_srepa.training.signals import TrainingInterrupted as TrainingInterrupted
     from diffusers_srepa.training.trainer import Trainer as Trainer

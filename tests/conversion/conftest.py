@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffusers_srepa.conversion import command
 from diffusers_srepa.conversion.convert import Conversion
+from tests.helpers.convert_command import run_convert
 from tests.helpers.tiny_run import write_vae
 
 
@@ -27,12 +26,7 @@ def convert(vae: str) -> Callable[..., Conversion]:
     """Runs the command with options as on the command line; `--vae` is there unless it is given."""
 
     def run(*options: Any, claim: Callable[[], str] | None = None) -> Conversion:
-        parser = argparse.ArgumentParser(exit_on_error=False)
-        command.add_arguments(parser)
-        words = [str(option) for option in options]
-        if "--to" not in words and "--vae" not in words:
-            words += ["--vae", vae]
-        return command.run(parser.parse_args(words), claim)
+        return run_convert(vae, *options, claim=claim)
 
     return run
 

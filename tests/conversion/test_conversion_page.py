@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_srepa.conversion import command
+from diffusers_srepa.cli.convert import ConvertOptions, convert
+from diffusers_srepa.configuration.command_line import load_config
+from diffusers_srepa.configuration.options import options_of
 from diffusers_srepa.conversion.layout import FORMATS
 from tests.helpers.reference_sit import random_projector, random_state
 from tests.helpers.tiny_pipeline import tiny_pipeline
@@ -32,13 +33,11 @@ def test_commands_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     projector = {name: value.float() for name, value in random_projector("mlp", dim=384).items()}
     torch.save({"ema": random_state(**sizes) | projector}, "0400000.pt")
     tiny_pipeline().save_pretrained("runs/xl")
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     converted = [shlex.split(line)[2:] for line in lines if line.startswith("diffusers-srepa convert ")]
     assert len(converted) == 3
     for words in converted:
-        command.run(parser.parse_args(words), lambda: "me/repa-xl-2")
+        convert(load_config(words, ConvertOptions), lambda: "me/repa-xl-2")
     assert Path("repa-xl-2/projectors/default").is_dir() and Path("exported/checkpoint.pt").is_file()
     (code,) = blocks("python")
     names: dict = {}
@@ -49,9 +48,6 @@ def test_commands_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_option_is_named():
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    known = {option for action in parser._actions for option in action.option_strings}
-    for option in known - {"-h", "--help"}:
-        assert f"{option}" in PAGE, option
+    for option in options_of(ConvertOptions):
+        assert f"--{option}" in PAGE, option
     assert all(f"| {name} |" in PAGE for name in ("SiT", "REPA", "iREPA", "REG")) and len(FORMATS) == 4

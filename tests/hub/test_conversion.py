@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 
 from diffusers_srepa.alignment.projectors import MLPProjector
-from diffusers_srepa.cli import main
+from diffusers_srepa.cli.main import main
 from diffusers_srepa.pipelines.hub import SiTPipeline
 from tests.helpers.reference_sit import random_projector, random_state
 from tests.helpers.tiny_run import write_vae

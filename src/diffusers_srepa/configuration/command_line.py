@@ -12,6 +12,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
@@ -26,6 +27,7 @@ from diffusers_srepa.errors import ConfigurationError, close_matches
 
 Config = TypeVar("Config", bound=Options)
 Arguments = list[tuple[str, list[str]]]
+FileReader = Callable[[Sequence[str | Path], str | None, type], dict[str, Any]]
 
 METHODS: Mapping[str, type[RunConfig]] = {DEFAULT_METHOD: TrainingConfig}
 """The options of every method by its name."""
@@ -72,6 +74,7 @@ def parse_config(
     prog: str | None = None,
     description: str = "",
     explain: Callable[[Any], str] | None = None,
+    read_files: FileReader = read_run_files,
 ) -> Config:
     """The options of a command; prints help, or one sentence about a wrong option, and exits.
 
@@ -83,6 +86,7 @@ def parse_config(
         description (`str`): what the command does.
         explain (`Callable`, *optional*): gives the command the option `--print_config`, which prints the resolved
             options as YAML with these comments below them.
+        read_files (`Callable`): gives the options that the files of `--config` hold; see [`read_run_files`].
     """
     arguments = [argument for argument in argv if argument != "--print_config" or explain is None]
     try:
@@ -90,9 +94,9 @@ def parse_config(
             chosen = _choose_class(split_arguments(arguments), config_class)
             sys.stdout.write(format_help(chosen, prog, description, can_print=explain is not None))
         elif explain is None or len(arguments) == len(argv):
-            return load_config(arguments, config_class)
+            return load_config(arguments, config_class, read_files=read_files)
         else:
-            config = load_config(arguments, config_class, validate=False)
+            config = load_config(arguments, config_class, False, read_files)
             sys.stdout.write(yaml.safe_dump(config.to_dict(), sort_keys=False) + explain(config))
     except ConfigurationError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -101,7 +105,10 @@ def parse_config(
 
 
 def load_config(
-    argv: Sequence[str], config_class: type[Config] | Mapping[str, type[Config]], validate: bool = True
+    argv: Sequence[str],
+    config_class: type[Config] | Mapping[str, type[Config]],
+    validate: bool = True,
+    read_files: FileReader = read_run_files,
 ) -> Config:
     """The options that command-line arguments and the YAML files they name describe.
 
@@ -109,13 +116,14 @@ def load_config(
         argv (`Sequence[str]`): arguments without the command's name.
         config_class (`type[Options]`): dataclass of the command's options, or several by method.
         validate (`bool`): whether values that cannot work, and what is missing, are refused.
+        read_files (`Callable`): as for [`parse_config`].
 
     Raises:
         ConfigurationError: an unknown key or option, a value of a wrong type, or one that cannot work.
     """
     given = split_arguments(argv)
     chosen = _choose_class(given, config_class)
-    return resolve(merge(read_run_files(*_files_of(given), chosen), _read_options(given, chosen)), chosen, validate)
+    return resolve(merge(read_files(*_files_of(given), chosen), _read_options(given, chosen)), chosen, validate)
 
 
 def resolve(values: Mapping[str, Any], config_class: type[Config], validate: bool = True) -> Config:

@@ -56,9 +56,11 @@ class LatentsConfig:
         'Autoencoder (folder or Hub id, also of a pipeline that has a vae), or "pixels".',
         also=("pretrained_vae_model_name_or_path",),
     )
-    subfolder: str | None = option(None, "Folder of the autoencoder inside its repository.")
-    revision: str | None = option(None, "Revision of the autoencoder's repository.")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision in which images are encoded.")
+    subfolder: str | None = option(None, "Folder of the autoencoder inside its repository.", also=("vae_subfolder",))
+    revision: str | None = option(None, "Revision of the autoencoder's repository.", also=("vae_revision",))
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Precision in which images are encoded.", also=("vae_dtype",)
+    )
 
 
 @dataclass
@@ -132,8 +134,8 @@ class FlowConfig:
 
 
 @dataclass
-class DataConfig:
-    """The images."""
+class ImagesConfig:
+    """Which images, and how they are cropped."""
 
     dataset: str | None = option(
         None,
@@ -142,21 +144,27 @@ class DataConfig:
         also=("dataset_name", "train_data_dir"),
     )
     name: str | None = option(None, "Configuration of the dataset.", also=("dataset_config_name",))
-    split: str = option("train", "Split to train on.")
+    split: str = option("train", "Split to read.")
     revision: str | None = option(None, "Revision of the dataset's repository.")
     data_dir: str | None = option(None, "Folder inside the dataset's repository.", resume=True)
-    streaming: bool = option(False, "Read the dataset as a stream instead of downloading it first.")
     image_column: str | None = option(None, "Column of the images; by default the only one of that type.")
     label_column: str | None = option(None, "Column of the class labels; by default found by type and name.")
     resolution: int = option(256, "Side of the square images in pixels, after the ADM centre crop.", minimum=1)
-    horizontal_flip: bool = option(
-        False, "Flip half of the images, in every epoch anew.", card="Horizontal flips", also=("random_flip",)
-    )
     on_bad_image: Literal["skip", "raise"] = option(
         "skip", "What to do with an image that cannot be read; skipped ones are counted."
     )
-    latent_cache: str | None = option(None, "Folder written by `diffusers-srepa cache-latents`.", resume=True)
     cache_dir: str | None = option(None, "Folder for downloads.", resume=True)
+
+
+@dataclass
+class DataConfig(ImagesConfig):
+    """The images, and how training reads them."""
+
+    streaming: bool = option(False, "Read the dataset as a stream instead of downloading it first.")
+    horizontal_flip: bool = option(
+        False, "Flip half of the images, in every epoch anew.", card="Horizontal flips", also=("random_flip",)
+    )
+    latent_cache: str | None = option(None, "Folder written by `diffusers-srepa cache-latents`.", resume=True)
     num_workers: int = option(
         4,
         "Worker processes of the data loader, per process.",

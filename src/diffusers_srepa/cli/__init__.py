@@ -1,0 +1,1 @@
+"""The command `diffusers-srepa`, one file per subcommand."""
