@@ -16,8 +16,9 @@ import torch
 from diffusers_srepa import SiTTransformer2DModel
 from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.configuration.training import TrainingConfig
+from diffusers_srepa.publishing.model_card import render_model_card
 from diffusers_srepa.training.card_facts import facts_from_config
-from diffusers_srepa.training.model_card import render_model_card
+from diffusers_srepa.training.methods.card_facts import alignment_facts
 
 
 HERE = Path(__file__).resolve().parent
@@ -78,6 +79,7 @@ def render(recipe: str) -> str:
     facts = facts_from_config(
         config,
         transformer,
+        **alignment_facts(config, transformer),
         versions={},
         recipe=f"examples/configs/{recipe}.yaml",
         reported_results=reported_results(recipe),

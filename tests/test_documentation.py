@@ -267,7 +267,8 @@ def test_page_tables_name_every_objective_and_projector():
         objective = OBJECTIVES[name]
         assert class_name == f"`{objective.__name__}`" and scope == objective.scope
         assert (width == "equal") == objective.needs_equal_width and (target == "no") != objective.needs_target
-        assert objective.__module__.split(".")[-1] == {"batch_cka": "cka"}.get(name, name)
+        kind = objective.__module__.split(".")[-1]
+        assert kind in ("pointwise", "gram", "relational", "cka", "batch") and (kind == "batch") == (scope == "batch")
     projectors = {row[0].strip("`"): row[1] for row in rows if len(row) == 3}
     assert list(projectors) == list(PROJECTORS)
     assert all(call.startswith(f"`{PROJECTORS[name].__name__}(") for name, call in projectors.items())

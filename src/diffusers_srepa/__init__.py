@@ -66,7 +66,7 @@ _PUBLIC = {
     "WarmUp": "alignment.schedule",
     "convert_checkpoint": "conversion.convert",
     "explain_open_values": "training.methods.checks",
-    "export_checkpoint": "conversion.to_repa",
+    "export_checkpoint": "conversion.export",
     "gram_kl_loss": "alignment.gram.losses",
     "gram_mse_loss": "alignment.gram.losses",
     "load_training_config": "configuration.command_line",
@@ -129,7 +129,7 @@ if TYPE_CHECKING:
     from diffusers_srepa.configuration.training import RunConfig as RunConfig
     from diffusers_srepa.configuration.training import TrainingConfig as TrainingConfig
     from diffusers_srepa.conversion.convert import convert_checkpoint as convert_checkpoint
-    from diffusers_srepa.conversion.to_repa import export_checkpoint as export_checkpoint
+    from diffusers_srepa.conversion.export import export_checkpoint as export_checkpoint
     from diffusers_srepa.errors import ConfigurationError as ConfigurationError
     from diffusers_srepa.errors import DataError as DataError
     from diffusers_srepa.hooks import FeatureTap as FeatureTap

@@ -14,6 +14,10 @@ from torch.nn import functional as F
 from diffusers_srepa.errors import ConfigurationError
 
 
+Grid = tuple[int, int]
+"""Rows and columns of patch tokens."""
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """Tokens of a batch with the grid of their patches.

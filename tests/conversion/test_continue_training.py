@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffusers_srepa.configuration.command_line import load_training_config
-from diffusers_srepa.data.batches import training_batches
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.tokens import TokenMap
-from diffusers_srepa.training.method import AlignedFlowMatching
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.reference_sit import State, random_projector, random_state, reference_forward, reference_projection
+from tests.helpers.run_losses import plain_context
 from tests.helpers.tiny_run import CLASSES, write_assets
 
 
@@ -81,33 +82,10 @@ class ReferenceStudent(nn.Module):
 
 def first_loss(trainer: Trainer, state: State, form: str) -> dict[str, float]:
     """The raw losses of the run's first step, from the checkpoint."""
-    parts, config = trainer.parts, trainer.config
-    method = AlignedFlowMatching(
-        ReferenceStudent(state, form),
-        parts.codec,
-        parts.teachers,
-        parts.criterion,
-        trainer.method.interpolant,
-        config.flow,
-        seed=config.seed,
-        class_dropout_prob=0.1,
-        timestep_scale=1000,
-        class_token_weight=config.alignment.class_token_weight,
-    )
-    batches = training_batches(
-        parts.dataset,
-        global_batch_size=8,
-        micro_batch_size=8,
-        seed=config.seed,
-        process_index=0,
-        num_processes=1,
-        start_step=0,
-        num_steps=1,
-        num_workers=0,
-        pin_memory=False,
-    )
-    with torch.no_grad():
-        return {name: value.item() for name, value in method(next(iter(batches)), 0).parts.items()}
+    context = replace(plain_context(trainer), modules={"student": ReferenceStudent(state, form)})
+    with closing(trainer._batches()) as batches, torch.no_grad():
+        output = trainer.method.loss(next(batches), context)
+    return {name: value.item() for name, value in output.parts.items()}
 
 
 @pytest.mark.parametrize("form", ["repa", "reg"])

@@ -266,7 +266,7 @@ def test_autoencoders_that_do_not_fit(refuse, tmp_path: Path):
 
 def test_autoencoder_is_needed(tmp_path: Path):
     torch.save(repa(), tmp_path / "a.pt")
-    with pytest.raises(ConfigurationError, match="set --vae"):
+    with pytest.raises(ConfigurationError, match="set `vae`"):
         convert_module.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -320,11 +320,11 @@ def test_a_failure_while_writing_leaves_nothing(
     convert(*options, "--output_dir", tmp_path / "out")
     before = tree(tmp_path)
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
     # The card is written last, when everything else is in the temporary folder.
-    monkeypatch.setattr(convert_module, "write_card", fail)
+    monkeypatch.setattr(convert_module, "write_model_card", fail)
     expected = ConfigurationError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         convert(*options, "--output_dir", tmp_path / "deep" / "new")

@@ -11,6 +11,7 @@ import torch
 from diffusers_srepa.alignment.projectors import MLPProjector
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
+from tests.helpers.checkpoint_formats import FORMAT_1, MODULES, saved_weights, write_format_2
 from tests.helpers.reference_sit import random_projector, random_state, reference_forward
 from tests.helpers.tiny_pipeline import tiny_pipeline
 
@@ -138,3 +139,22 @@ def test_overwrite(convert, tmp_path: Path):
     )
     assert "ema" in torch.load(result.path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "pipe"]
+
+
+@pytest.mark.parametrize("saved_format", [1, 2])
+def test_a_checkpoint_has_its_average_under_ema_and_what_was_trained_under_model(
+    convert, tmp_path: Path, saved_format: int
+):
+    source = FORMAT_1 if saved_format == 1 else write_format_2(tmp_path / "checkpoint-2")
+    result = convert("--to", "repa", "--checkpoint", source, "--output_dir", tmp_path / "out")
+    exported = torch.load(result.path, weights_only=True)
+    for entry, number in (("ema", 0), ("model", 1)):
+        transformer, projector = (saved_weights(module)[number] for module in MODULES)
+        state = exported[entry]
+        assert torch.equal(state["final_layer.linear.weight"], transformer["proj_out.weight"])
+        assert torch.equal(state["pos_embed"], transformer["pos_embed"])
+        queries = state["blocks.1.attn.qkv.weight"][:8]
+        assert torch.equal(queries, transformer["transformer_blocks.1.attn.to_q.weight"])
+        assert torch.equal(state["projectors.0.4.bias"], projector["layers.4.bias"])
+    assert set(exported["ema"]) == set(exported["model"])
+    assert not torch.equal(exported["ema"]["projectors.0.4.bias"], exported["model"]["projectors.0.4.bias"])

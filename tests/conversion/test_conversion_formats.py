@@ -15,7 +15,7 @@ from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
 from diffusers_srepa.conversion.class_names import imagenet_classes
 from diffusers_srepa.conversion.layout import Choices, read_layout
-from diffusers_srepa.conversion.state_dict import Weights
+from diffusers_srepa.conversion.read import Weights
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from diffusers_srepa.pipelines.hub import SiTPipeline
@@ -257,7 +257,7 @@ def layout_of(state, choices: Choices | None = None, **arguments):
 
 
 def test_the_runs_arguments_decide_where_names_do_not():
-    with pytest.raises(ConfigurationError, match="--format sit or --format repa"):
+    with pytest.raises(ConfigurationError, match="`format` sit or `format` repa"):
         layout_of(random_state())
     assert layout_of(random_state(), enc_type="dinov2-vit-b", proj_coeff=0.5, path_type="linear").format == "repa"
     assert layout_of(random_state(), path_type="Linear", prediction="velocity", loss_weight=None).format == "sit"
@@ -270,7 +270,7 @@ def test_classes():
     assert (config["num_classes"], config["class_dropout_prob"]) == (10, 0.2)
     config = layout_of(random_state(rows=10), choices, num_classes=10).config
     assert (config["num_classes"], config["class_dropout_prob"]) == (10, 0.0)
-    with pytest.raises(ConfigurationError, match="--num_classes 1000 or --num_classes 999"):
+    with pytest.raises(ConfigurationError, match="`num_classes` 1000 or `num_classes` 999"):
         layout_of(random_state(rows=1000), choices)
     choices = Choices(format="repa", num_attention_heads=4, num_classes=1000)
     config = layout_of(random_state(rows=1000), choices).config

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from diffusers_srepa.conversion.convert import convert_checkpoint
+from diffusers_srepa.conversion.export import export_checkpoint
 from diffusers_srepa.conversion.layout import Choices
-from diffusers_srepa.conversion.sit import reflect_time, velocity_rows
-from diffusers_srepa.conversion.to_repa import export_checkpoint
+from diffusers_srepa.conversion.weights import reflect_time, velocity_rows
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from tests.helpers.reference_sit import State, random_state, reference_forward, time_embedding
 

@@ -260,7 +260,7 @@ def finished(tmp_path):
             r"with the encoder pixels, not with AutoencoderKL-1: change the autoencoder",
         ),
         ({"resolution": 32}, r"crops of 16 pixels, but `resolution` is 32"),
-        ({"flip": True}, r"no mirrored latents, but `horizontal_flip` is on"),
+        ({"flip": True}, r"no mirrored latents \(`flip`\), but `horizontal_flip` is on"),
     ],
 )
 def test_another_cache_is_refused(finished, needed, message):

@@ -13,9 +13,10 @@ from huggingface_hub import HfApi, ModelCard
 
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.hub import SiTPipeline
+from diffusers_srepa.publishing.card_facts import ModelCardFacts
+from diffusers_srepa.publishing.hub import create_repository, push_folder
+from diffusers_srepa.publishing.model_card import write_model_card
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
-from diffusers_srepa.training.hub import create_repository, push_folder
-from diffusers_srepa.training.model_card import ModelCardFacts, write_model_card
 from tests.hub.server import TOKEN, HubServer
 
 

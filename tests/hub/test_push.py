@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
 
-from diffusers_srepa.training.hub import HubError, create_repository, push_folder
+from diffusers_srepa.publishing.hub import HubError, create_repository, push_folder
 from tests.hub.server import OTHER_TOKEN, READ_TOKEN, TOKEN, HubServer
 
 
@@ -167,7 +167,7 @@ def test_giving_up_keeps_every_local_file(hub: HubServer, run_folder: Path, wait
 
 def test_errors_that_no_repetition_mends_come_at_once(hub: HubServer, run_folder: Path, waits: list[float]) -> None:
     hub.add_repository("somebody/run")
-    with pytest.raises(HubError, match="--hub_model_id") as caught:
+    with pytest.raises(HubError, match="`repo_id`") as caught:
         push_folder(run_folder, "somebody/run")
     assert is_one_sentence(caught.value)
     with pytest.raises(HubError, match="404"):
@@ -202,10 +202,10 @@ def test_a_file_that_holds_the_token_is_not_pushed(hub: HubServer, run_folder: P
     ("repo_id", "token", "words"),
     [
         ("tester/run", "hf_wrong", "401.*HF_TOKEN"),
-        ("tester/run", READ_TOKEN, "403.*--hub_model_id"),
-        ("tester/taken", OTHER_TOKEN, "403.*--hub_model_id"),
-        ("somebody/run", None, "403.*--hub_model_id"),
-        ("a/b/c", None, "not a valid repository id.*--hub_model_id"),
+        ("tester/run", READ_TOKEN, "403.*`repo_id`"),
+        ("tester/taken", OTHER_TOKEN, "403.*`repo_id`"),
+        ("somebody/run", None, "403.*`repo_id`"),
+        ("a/b/c", None, "not a valid repository id.*`repo_id`"),
         ("tester/r n", None, "not a valid repository id"),
         ("tester/run", f"{TOKEN}\n", "special character"),
     ],
@@ -250,7 +250,7 @@ def test_unreachable_hub(
 def test_offline_mode(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert huggingface_hub.constants.is_offline_mode()
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE.*--push_to_hub") as caught:
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE.*do not push") as caught:
         create_repository("tester/run")
     assert is_one_sentence(caught.value) and hub.log == []
 

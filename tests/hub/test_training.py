@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.pipelines.hub import SiTPipeline
-from diffusers_srepa.training.hub import HubError
+from diffusers_srepa.publishing.hub import HubError
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import write_assets
 from tests.hub.server import TOKEN, HubServer

@@ -53,8 +53,8 @@ def _resume_and_compare(options: list[str], folder: Path, whole: Path) -> None:
     assert result.returncode == 0, result.stdout[-3000:]
     assert logged_steps(folder) == list(range(1, STEPS + 1))
     files = [
-        "ema.safetensors",
-        "optimizer.safetensors",
+        "raw.safetensors",
+        "optimizer_student.safetensors",
         "transformer/diffusion_pytorch_model.safetensors",
         "projectors/default/diffusion_pytorch_model.safetensors",
     ]

@@ -20,6 +20,7 @@ SCRIPT = ROOT / "examples" / "train_srepa.py"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
 TWO_WITH_DDP = [*LAUNCH, "--multi_gpu"]
 TWO_WITH_FSDP = [*LAUNCH, "--use_fsdp", "--fsdp_version", "2"]
+AVERAGE = "transformer/diffusion_pytorch_model.safetensors"
 WITH_CONFIG_FILE = [*LAUNCH, "--config_file", str(ROOT / "examples" / "accelerate" / "gpus_8_fsdp2.yaml")]
 
 
@@ -61,7 +62,7 @@ def test_two_processes_train_and_give_the_trajectory_of_one(runs: Path, name: st
     state = json.loads((runs / name / "checkpoint-4" / "state.json").read_text())
     assert state["num_processes"] == 2
     assert _losses(runs / name) == pytest.approx(_losses(runs / "one"), rel=1e-4)
-    for file in ("ema.safetensors", "optimizer.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+    for file in ("raw.safetensors", "optimizer_student.safetensors", AVERAGE):
         one, two = (load_file(runs / run / "checkpoint-4" / file) for run in ("one", name))
         assert one.keys() == two.keys()
         for key in one:
@@ -83,9 +84,9 @@ def test_a_sharded_run_leaves_whole_weights_a_pipeline_and_pictures(runs: Path) 
     for name, weight in sharded.transformer.named_parameters():
         torch.testing.assert_close(weight, one.transformer.get_parameter(name), rtol=1e-3, atol=2e-4)
     assert (runs / "sharded" / "validation" / "step-4" / "grid.png").exists()
-    average = load_file(runs / "sharded" / "checkpoint-4" / "ema.safetensors")
+    average = load_file(runs / "sharded" / "checkpoint-4" / AVERAGE)
     for name, weight in sharded.transformer.named_parameters():
-        assert torch.equal(weight, average[f"transformer.{name}"]), name
+        assert torch.equal(weight, average[name]), name
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_a_checkpoint_resumes_on_any_number_and_kind_of_processes(
     result = _run([*launch, str(SCRIPT), *options, "--resume_from_checkpoint", checkpoint])
     assert result.returncode == 0, result.stderr[-3000:]
     assert _losses(tmp_path / "run") == pytest.approx(_losses(runs / "one")[2:], rel=1e-4)
-    one, other = (load_file(path / "checkpoint-4" / "ema.safetensors") for path in (runs / "one", tmp_path / "run"))
+    one, other = (load_file(path / "checkpoint-4" / AVERAGE) for path in (runs / "one", tmp_path / "run"))
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=2e-4)
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from diffusers_srepa.latents.latent_space import scale_latents, unscale_latents
 from diffusers_srepa.latents.loading import load_latent_space
 from diffusers_srepa.latents.pixels import PixelLatents
 
@@ -38,6 +37,9 @@ def test_empty_images_have_no_latent():
 
 
 def test_scaling_pair():
-    latents = torch.tensor([1.5])
-    assert scale_latents(latents, 0.25, 0.5).item() == 0.25
-    assert unscale_latents(torch.tensor([0.25]), 0.25, 0.5).item() == 1.5
+    latent_space = PixelLatents()
+    latent_space.scaling_factor, latent_space.shift_factor = 0.25, 0.5
+    mean = torch.full((1, 3, 1, 1), 1.5)
+    assert latent_space.sample(mean, torch.zeros_like(mean), mean)[0, 0].item() == 0.25
+    # -0.125 / 0.25 + 0.5 = 0, which is the middle of [0, 1].
+    assert latent_space.decode(torch.full((1, 3, 1, 1), -0.125))[0, 0].item() == 0.5

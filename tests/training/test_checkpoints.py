@@ -12,25 +12,28 @@ from accelerate import PartialState
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.alignment.projectors import MLPProjector
 from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.files import remove_incomplete
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
-from diffusers_srepa.training.checkpoint_folder import (
-    find_checkpoint,
-    find_damage,
-    prune_checkpoints,
-    remove_incomplete,
-)
-from diffusers_srepa.training.checkpoints import (
-    CheckpointError,
+from diffusers_srepa.pipelines.hub import SiTPipeline
+from diffusers_srepa.schedulers.registry import build_scheduler
+from diffusers_srepa.training.checkpoint import (
     RunState,
-    load_checkpoint,
+    load_raw_weights,
+    load_training_state,
+    optimizer_state,
     read_state,
     save_checkpoint,
 )
-from diffusers_srepa.training.ema import WeightAverage
-from diffusers_srepa.training.snapshot import take_snapshot
+from diffusers_srepa.training.optimizers import EMA
+from diffusers_srepa.training.run_folder import (
+    CheckpointError,
+    find_checkpoint,
+    find_damage,
+    prune_checkpoints,
+)
 
 
-Parts = tuple[AlignedDenoiser, WeightAverage, torch.optim.AdamW]
+Parts = tuple[AlignedDenoiser, EMA, torch.optim.AdamW]
 
 
 def _parts(num_layers: int = 2, seed: int = 0) -> Parts:
@@ -39,7 +42,7 @@ def _parts(num_layers: int = 2, seed: int = 0) -> Parts:
         sample_size=4, num_layers=num_layers, num_attention_heads=2, attention_head_dim=8, num_classes=3
     )
     student = AlignedDenoiser(transformer, "transformer_blocks.0", MLPProjector(16, 8, hidden_dim=8))
-    return student, WeightAverage(student, 0.9), torch.optim.AdamW(student.parameters(), lr=1e-2)
+    return student, EMA({"student": student}, 0.9), torch.optim.AdamW(student.parameters(), lr=1e-2)
 
 
 def _train(parts: Parts, steps: int, seed: int = 5) -> None:
@@ -61,9 +64,27 @@ def _state(step: int) -> RunState:
 
 
 def _save(folder: Path, parts: Parts, step: int) -> Path:
-    snapshot = take_snapshot(*parts)
-    assert snapshot is not None
-    return save_checkpoint(folder, _state(step), snapshot, config_text="seed: 0\n")
+    student, average, optimizer = parts
+    modules = {"student": student}
+    raw = {f"student.{name}": value for name, value in student.state_dict().items()}
+    with average.applied():
+        return save_checkpoint(
+            folder,
+            _state(step),
+            raw=raw,
+            averaged=modules,
+            optimizers={"student": optimizer_state(optimizer, modules)},
+            pipeline=SiTPipeline(student.transformer, None, build_scheduler("euler")),
+            autoencoder=None,
+            config_text="seed: 0\n",
+        )
+
+
+def _load(folder: Path, parts: Parts) -> RunState:
+    student, average, optimizer = parts
+    load_raw_weights(folder, {"student": student})
+    load_training_state(folder, {"student": student}, average, {"student": optimizer})
+    return read_state(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +98,13 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     folder = _save(tmp_path, whole, 3)
     _train(whole, 2, seed=6)
     restored = _parts(seed=99)
-    state = load_checkpoint(folder, *restored)
+    state = _load(folder, restored)
     assert state == _state(3)
     _train(restored, 2, seed=6)
     for (name, one), other in zip(whole[0].named_parameters(), restored[0].parameters(), strict=True):
         assert torch.equal(one, other), name
-    for name, one in whole[1].state().items():
-        assert torch.equal(one, restored[1].state()[name]), name
+    for name, one in whole[1].averages.items():
+        assert torch.equal(one, restored[1].averages[name]), name
 
 
 def test_weights_load_as_ordinary_models_and_nothing_is_pickled(tmp_path: Path) -> None:
@@ -91,7 +112,10 @@ def test_weights_load_as_ordinary_models_and_nothing_is_pickled(tmp_path: Path) 
     _train(parts, 1)
     folder = _save(tmp_path, parts, 1)
     loaded = SiTTransformer2DModel.from_pretrained(folder / "transformer")
-    assert torch.equal(loaded.patch_embed.proj.weight, parts[0].transformer.patch_embed.proj.weight)
+    average = parts[1].averages["student.transformer.patch_embed.proj.weight"]
+    assert torch.equal(loaded.patch_embed.proj.weight, average)
+    assert not torch.equal(average, parts[0].transformer.patch_embed.proj.weight)
+    assert torch.equal(SiTPipeline.from_pretrained(folder).transformer.patch_embed.proj.weight, average)
     assert MLPProjector.from_pretrained(folder / "projectors" / "default").config.out_dim == 8
     suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
     assert suffixes == {".json", ".safetensors", ".yaml"}
@@ -103,15 +127,15 @@ def test_the_newest_intact_checkpoint_is_found_and_damage_is_named(tmp_path: Pat
     assert find_checkpoint(tmp_path, "latest") is None
     folders = [_save(tmp_path, parts, step) for step in (5, 10, 15, 20)]
     assert find_checkpoint(tmp_path, "latest") == folders[3]
-    weights = folders[3] / "ema.safetensors"
+    weights = folders[3] / "raw.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     (folders[2] / "state.json").write_text("{}")
-    (folders[1] / "optimizer.safetensors").unlink()
-    assert find_damage(folders[3]) == "ema.safetensors has other content than was written"
+    (folders[1] / "optimizer_student.safetensors").unlink()
+    assert find_damage(folders[3]) == "raw.safetensors has other content than was written"
     assert "bytes instead of" in str(find_damage(folders[2]))
-    assert find_damage(folders[1]) == "optimizer.safetensors is missing"
+    assert find_damage(folders[1]) == "optimizer_student.safetensors is missing"
     assert find_checkpoint(tmp_path, "latest") == folders[0]
     assert "checkpoint-20 is damaged" in caplog.text
     with pytest.raises(ConfigurationError, match="damaged"):
@@ -181,7 +205,7 @@ def test_another_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
     _train(parts, 1)
     folder = _save(tmp_path, parts, 5)
     with pytest.raises(ConfigurationError, match="does not fit the model") as error:
-        load_checkpoint(folder, *_parts(num_layers=3))
+        _load(folder, _parts(num_layers=3))
     assert "\n" not in str(error.value)
 
 
@@ -209,7 +233,9 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     folder = _save(tmp_path, parts, 5)
     assert find_damage(folder) is None and [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
     loaded = SiTTransformer2DModel.from_pretrained(folder / "transformer")
-    assert torch.equal(loaded.patch_embed.proj.weight, parts[0].transformer.patch_embed.proj.weight)
+    assert torch.equal(
+        loaded.patch_embed.proj.weight, parts[1].averages["student.transformer.patch_embed.proj.weight"]
+    )
 
 
 def test_old_checkpoints_are_pruned_and_remains_removed(tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def test_the_average_of_a_projector_that_rests_stays(assets: Path, tmp_path: Pat
         "1",
     ]
     _trainer(assets, tmp_path, *options).train()
-    name = "projectors.default.layers.0.weight"
-    averages = [load_file(tmp_path / f"checkpoint-{step}" / "ema.safetensors")[name] for step in (2, 4)]
-    raw = load_file(tmp_path / "checkpoint-4" / "projectors" / "default" / "diffusion_pytorch_model.safetensors")
+    file, name = "projectors/default/diffusion_pytorch_model.safetensors", "layers.0.weight"
+    averages = [load_file(tmp_path / f"checkpoint-{step}" / file)[name] for step in (2, 4)]
+    raw = load_file(tmp_path / "checkpoint-4" / "raw.safetensors")
     assert torch.equal(averages[0], averages[1])
-    assert not torch.equal(averages[1], raw["layers.0.weight"])
+    assert not torch.equal(averages[1], raw[f"student.projectors.default.{name}"])

@@ -73,7 +73,7 @@ def test_stopping_and_resuming_changes_nothing(
     assert resumed.step == int(stop)
     resumed.train()
     whole = _digests(tmp_path / "whole" / "checkpoint-9")
-    assert {"ema.safetensors", "optimizer.safetensors", "state.json"} <= whole.keys()
+    assert {"raw.safetensors", "optimizer_student.safetensors", "state.json"} <= whole.keys()
     assert whole == _digests(tmp_path / "halves" / "checkpoint-9")
     assert _losses(tmp_path / "whole") == _losses(tmp_path / "halves")
     assert _losses(tmp_path / "whole")[-1][1] > 3

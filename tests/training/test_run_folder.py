@@ -8,12 +8,12 @@ import pytest
 
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.files import write_text
 from diffusers_srepa.training.run_folder import (
     check_output_folder,
     checkpoint_folders,
     clear_output_folder,
     truncate_metrics,
-    write_config,
 )
 
 
@@ -91,15 +91,15 @@ def test_metrics_are_cut_after_the_resumed_step(tmp_path: Path) -> None:
 def test_a_full_disk_costs_neither_the_log_nor_the_configuration(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in range(100))
     (tmp_path / "metrics.jsonl").write_text(lines)
-    write_config(_config(tmp_path), tmp_path)
-    config = (tmp_path / "config.yaml").read_text()
+    config = "seed: 0\n"
+    write_text(tmp_path / "config.yaml", config)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
     try:
         with pytest.raises(OSError):
             truncate_metrics(tmp_path / "metrics.jsonl", 50)
         with pytest.raises(OSError):
-            write_config(_config(tmp_path, seed=1), tmp_path)
+            write_text(tmp_path / "config.yaml", "seed: 1\n" * 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "metrics.jsonl").read_text() == lines and (tmp_path / "config.yaml").read_text() == config

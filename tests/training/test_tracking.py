@@ -12,6 +12,7 @@ from accelerate.tracking import GeneralTracker
 
 from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.training.trainer import Trainer
+from tests.helpers.run_losses import before_step
 from tests.helpers.tiny_run import write_assets
 
 
@@ -70,17 +71,10 @@ def test_what_a_tracker_missed_is_sent_at_the_end(
     trainer = Trainer(load_training_config(arguments))
     monkeypatch.setattr(trainer.accelerator, "log_with", ["socket"])
     monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, "socket", SocketTracker)
-    step_of = trainer.method
-
-    def method(batch: Any, step: int) -> Any:
-        # The port closes before step 2 is logged and opens again with the last step.
-        if fails_from != "the start" and step == 1:
-            SocketTracker.port = closed_port
-        if step == 3:
-            SocketTracker.port = server.getsockname()[1]
-        return step_of(batch, step)
-
-    monkeypatch.setattr(trainer, "method", method)
+    # The port closes before step 2 is logged and opens again with the last step.
+    if fails_from != "the start":
+        before_step(trainer, 1, lambda: setattr(SocketTracker, "port", closed_port))
+    before_step(trainer, 3, lambda: setattr(SocketTracker, "port", server.getsockname()[1]))
     with caplog.at_level(logging.INFO):
         trainer.train()
     messages = _received(server)

@@ -58,14 +58,15 @@ def test_a_run_leaves_a_pipeline_that_gives_the_validation_s_images(assets: Path
 def test_the_pipeline_has_the_averaged_weights_and_the_checkpoint_both(assets: Path, tmp_path: Path) -> None:
     _train(assets, tmp_path)
     final = _weights(tmp_path / "transformer")
-    raw = _weights(tmp_path / "checkpoint-4" / "transformer")
-    average = load_file(tmp_path / "checkpoint-4" / "ema.safetensors")
+    average = _weights(tmp_path / "checkpoint-4" / "transformer")
+    raw = load_file(tmp_path / "checkpoint-4" / "raw.safetensors")
     name = "transformer_blocks.0.attn.to_q.weight"
-    assert torch.equal(final[name], average[f"transformer.{name}"])
-    assert not torch.equal(final[name], raw[name])
+    assert torch.equal(final[name], average[name])
+    assert not torch.equal(final[name], raw[f"student.transformer.{name}"])
     projector = _weights(tmp_path / "projectors" / "default")
     key = next(iter(projector))
-    assert torch.equal(projector[key], average[f"projectors.default.{key}"])
+    assert torch.equal(projector[key], _weights(tmp_path / "checkpoint-4" / "projectors" / "default")[key])
+    assert not torch.equal(projector[key], raw[f"student.projectors.default.{key}"])
 
 
 def test_training_lowers_the_loss(assets: Path, tmp_path: Path) -> None:
@@ -82,10 +83,12 @@ def test_stopping_and_resuming_changes_nothing(assets: Path, tmp_path: Path) -> 
     for part in ("transformer", "projectors/default", "checkpoint-6/transformer"):
         whole, halves = _weights(tmp_path / "whole" / part), _weights(tmp_path / "halves" / part)
         assert all(torch.equal(whole[name], halves[name]) for name in whole), part
-    whole_state = load_file(tmp_path / "whole" / "checkpoint-6" / "optimizer.safetensors")
-    halves_state = load_file(tmp_path / "halves" / "checkpoint-6" / "optimizer.safetensors")
-    assert whole_state.keys() == halves_state.keys()
-    assert all(torch.equal(whole_state[name], halves_state[name]) for name in whole_state)
+    for file in ("optimizer_student.safetensors", "raw.safetensors"):
+        whole_state, halves_state = (
+            load_file(tmp_path / name / "checkpoint-6" / file) for name in ("whole", "halves")
+        )
+        assert whole_state.keys() == halves_state.keys()
+        assert all(torch.equal(whole_state[name], halves_state[name]) for name in whole_state)
     losses = [[record["loss"] for record in _metrics(tmp_path / name)] for name in ("whole", "halves")]
     assert losses[0] == losses[1]
 
@@ -110,9 +113,13 @@ def test_after_a_hard_stop_the_projector_rests_and_the_teacher_is_gone(assets: P
     ]
     trainer = _train(assets, tmp_path, *options)
     assert trainer.method.teachers == {}
-    projectors = [_weights(tmp_path / f"checkpoint-{step}" / "projectors" / "default") for step in (1, 2, 3, 4)]
-    assert not torch.equal(projectors[0]["layers.0.weight"], projectors[1]["layers.0.weight"])
-    assert torch.equal(projectors[1]["layers.0.weight"], projectors[3]["layers.0.weight"])
+    name = "student.projectors.default.layers.0.weight"
+    projectors = [load_file(tmp_path / f"checkpoint-{step}" / "raw.safetensors")[name] for step in (1, 2, 3, 4)]
+    assert not torch.equal(projectors[0], projectors[1]) and torch.equal(projectors[1], projectors[3])
+    averages = [
+        _weights(tmp_path / f"checkpoint-{step}" / "projectors" / "default")["layers.0.weight"] for step in (2, 4)
+    ]
+    assert torch.equal(averages[0], averages[1])
     records = _metrics(tmp_path)
     assert [record["weight/cosine"] for record in records] == [1.0, 1.0, 0.0, 0.0]
     assert "alignment/cosine" in records[1] and "alignment/cosine" not in records[2]

@@ -15,10 +15,7 @@ from diffusers_srepa.alignment.term import DEFAULT, FeatureKey, describe_feature
 from diffusers_srepa.errors import ConfigurationError, close_matches, one_line
 from diffusers_srepa.files import check_name
 from diffusers_srepa.hooks import FeatureTap, unwrap_module
-from diffusers_srepa.tokens import TokenMap, check_grid
-
-
-Grid = tuple[int, int]
+from diffusers_srepa.tokens import Grid, TokenMap, check_grid
 
 
 class AlignedDenoiser(nn.Module):

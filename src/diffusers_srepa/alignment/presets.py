@@ -89,15 +89,7 @@ def alignment_preset(name: str) -> dict[str, Any]:
     Raises:
         ConfigurationError: there is no such preset.
     """
-    preset = get_preset(name)
-    return deepcopy(
-        {
-            "projector": preset.projector,
-            "target_transform": preset.target_transform,
-            "terms": dict(preset.terms),
-            "class_token_weight": preset.class_token_weight,
-        }
-    )
+    return deepcopy(vars(get_preset(name)))
 
 
 def default_depth(num_layers: int, hidden_size: int | None = None) -> int:

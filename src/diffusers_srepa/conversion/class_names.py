@@ -38,7 +38,7 @@ def find_class_names(source: str | None, num_classes: int) -> dict[str, str] | N
     names = imagenet_classes() if source == "imagenet" else _read(Path(source))
     if sorted(names, key=int) != [str(number) for number in range(num_classes)]:
         raise ConfigurationError(
-            f"--id2label {source} names {len(names)} classes, but the model has the classes 0 to {num_classes - 1}."
+            f"`id2label` {source} names {len(names)} classes, but the model has the classes 0 to {num_classes - 1}."
         )
     return names
 
@@ -49,7 +49,7 @@ def _read(file: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(
-            f"--id2label {file} cannot be read ({reason}): give imagenet, none or a JSON file."
+            f"`id2label` {file} cannot be read ({reason}): give imagenet, none or a JSON file."
         ) from None
     if isinstance(content, list):
         content = {str(number): name for number, name in enumerate(content)}
@@ -57,4 +57,4 @@ def _read(file: Path) -> dict[str, str]:
         str(number).isdecimal() and isinstance(name, str) for number, name in content.items()
     ):
         return {str(int(number)): name for number, name in content.items()}
-    raise ConfigurationError(f"--id2label {file} must hold a list of names, or a mapping from numbers to names.")
+    raise ConfigurationError(f"`id2label` {file} must hold a list of names, or a mapping from numbers to names.")

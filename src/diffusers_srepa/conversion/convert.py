@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 from torch import nn
 
 from diffusers_srepa.alignment.projectors import save_projector
-from diffusers_srepa.conversion.card import ConversionFacts, write_card
-from diffusers_srepa.conversion.checkpoint_file import read_checkpoint
 from diffusers_srepa.conversion.class_names import find_class_names
 from diffusers_srepa.conversion.layout import DESCRIPTIONS, Choices, Layout, read_layout
 from diffusers_srepa.conversion.projectors import build_projector, name_projectors
-from diffusers_srepa.conversion.repa import to_diffusers
-from diffusers_srepa.conversion.sit import GUIDANCE_CHANNELS, to_repa_convention
-from diffusers_srepa.conversion.state_dict import Weights, check_finite, select_weights
-from diffusers_srepa.conversion.write_pipeline import check_target, write_folder
-from diffusers_srepa.errors import ConfigurationError, in_options
+from diffusers_srepa.conversion.read import Weights, check_finite, read_checkpoint, select_weights
+from diffusers_srepa.conversion.weights import to_diffusers, to_repa_convention
+from diffusers_srepa.errors import ConfigurationError, in_options, one_line
+from diffusers_srepa.files import remedy, written_folder
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 from diffusers_srepa.latents.loading import load_latent_space
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.hub import SiTPipeline
-from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+from diffusers_srepa.publishing.card_facts import ConvertedCardFacts
+from diffusers_srepa.publishing.model_card import write_model_card
+from diffusers_srepa.schedulers.registry import build_scheduler
 
 
-SCHEDULERS = ("euler-maruyama", "euler")
+PIPELINE_FILE = "model_index.json"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# SiT's own `forward_with_cfg` guides three channels of the four.
+GUIDANCE_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def convert_checkpoint(
         weights (`str`, *optional*): "ema" or "model"; by default the average where there is one.
         choices (`Choices`, *optional*): what the tensors do not show.
         scheduler (`str`): "euler-maruyama" or "euler".
-        dtype (`str`, *optional*): precision of transformer and projectors, by default the checkpoint's.
+        dtype (`str`, *optional*): precision of transformer and projectors, "float32", "bfloat16", "float16" or
+            "float64"; by default the checkpoint's.
         id2label (`str`, *optional*): "imagenet", "none" or a JSON file; by default ImageNet's names for 1000 classes.
         projector_names (`Sequence[str]`, *optional*): folder names of the projectors, by default "default" for the
             first.
@@ -91,13 +94,13 @@ def convert_checkpoint(
         ConfigurationError: anything that cannot be converted, in one sentence; nothing has been written then.
     """
     target = Path(output_dir)
-    vae, precision = _require_vae(vae), _dtype(dtype)
-    check_target(target, overwrite, [checkpoint, vae, *([id2label] if id2label else [])])
+    vae, precision = _require_vae(vae), find_dtype(dtype)
+    _check_target(target, overwrite, [checkpoint, vae, *([id2label] if id2label else [])])
     selected = select_weights(read_checkpoint(checkpoint), weights)
     layout = read_layout(selected, choices or Choices())
     names = name_projectors(len(layout.projectors), projector_names)
     labels = find_class_names(id2label, layout.config["num_classes"])
-    sampler = _build_scheduler(scheduler, layout.path_type)
+    sampler = build_scheduler(scheduler, layout.path_type)
     autoencoder = _load_vae(vae, vae_subfolder, vae_revision, layout.config["in_channels"])
     transformer, projectors = _convert(selected, layout, names, precision)
     pipeline = SiTPipeline(
@@ -109,15 +112,41 @@ def convert_checkpoint(
     )
     repository = claim_repository() if claim_repository is not None else None
     facts = _facts(selected, layout, pipeline, list(projectors), repository)
-
-    def fill(folder: Path) -> None:
+    with written_or_refused(target), written_folder(target.resolve()) as folder:
         pipeline.save_pretrained(folder)
         for name, projector in projectors.items():
             save_projector(projector, folder / "projectors" / name)
-        write_card(folder, facts)
-
-    write_folder(target, fill)
+        write_model_card(folder, facts=facts)
     return Conversion(target, _summary(facts, layout), _notes(selected, layout, weights), repository)
+
+
+def _check_target(target: Path, overwrite: bool, sources: Sequence[str | Path]) -> None:
+    """Refuse a folder that must not be written to: one that is taken, or that holds a source, a path or Hub id."""
+    place = target.resolve()
+    for source in sources:
+        path = Path(source).resolve()
+        if Path(source).exists() and (path == place or place in path.parents):
+            raise ConfigurationError(
+                f"`output_dir` {target} holds what is read, {source}: choose another folder, so that nothing is lost."
+            )
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigurationError(f"`output_dir` {target} is a file, but must be a folder.")
+    if place in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigurationError(f"`output_dir` {target} is the current folder or above it: choose another one.")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigurationError(
+            f"the folder {target} is not empty: choose another `output_dir`, or replace the pipeline in it by "
+            "`overwrite`."
+        )
+    if not (target / PIPELINE_FILE).is_file():
+        raise ConfigurationError(
+            f"the folder {target} holds no pipeline ({PIPELINE_FILE}), and `overwrite` replaces nothing else: choose "
+            "another `output_dir`."
+        )
 
 
 def _guidance_channels(layout: Layout) -> int | None:
@@ -127,9 +156,9 @@ def _guidance_channels(layout: Layout) -> int | None:
 
 def _facts(
     selected: Weights, layout: Layout, pipeline: SiTPipeline, projectors: Sequence[str], repository: str | None
-) -> ConversionFacts:
+) -> ConvertedCardFacts:
     config = layout.config
-    return ConversionFacts(
+    return ConvertedCardFacts(
         format=layout.format,
         model_name=layout.model_name,
         num_parameters=pipeline.transformer.num_parameters(),
@@ -139,9 +168,9 @@ def _facts(
         source=selected.source,
         steps=selected.steps,
         guidance_channels=pipeline.config.guidance_channels,
-        projectors=tuple(projectors),
+        projectors=projectors,
         encoder_depth=layout.encoder_depth,
-        example_class=_example_class(pipeline.config.id2label),
+        id2label=pipeline.config.id2label,
         hub_id=repository,
     )
 
@@ -164,14 +193,14 @@ def _convert(
         projectors[name] = build_projector(number, weights, layout.dim, dtype)
     if dtype is not None:
         for module in (transformer, *projectors.values()):
-            check_finite(module.state_dict(), remedy=f"they do not fit into {dtype}; choose another --dtype")
+            check_finite(module.state_dict(), remedy=f"they do not fit into {dtype}; choose another `dtype`")
     return transformer.eval(), projectors
 
 
 def _require_vae(name: str | Path | None) -> str | Path:
     if name is None:
         raise ConfigurationError(
-            "no autoencoder was given: set --vae, for example to stabilityai/sd-vae-ft-ema, or to pixels for a model "
+            "no autoencoder was given: set `vae`, for example to stabilityai/sd-vae-ft-ema, or to pixels for a model "
             "of pixels."
         )
     return name
@@ -179,46 +208,50 @@ def _require_vae(name: str | Path | None) -> str | Path:
 
 def _load_vae(name: str | Path, subfolder: str | None, revision: str | None, channels: int) -> Any:
     """The autoencoder in float32, or None for pixels."""
-    with in_options({"name_or_path": "--vae", "subfolder": "--vae_subfolder"}):
-        codec = load_latent_space(name, subfolder=subfolder, revision=revision)
-    if codec.latent_channels != channels:
+    where = {} if str(name) == "pixels" else {"subfolder": subfolder, "revision": revision}
+    with in_options({"name_or_path": "`vae`", "subfolder": "`vae_subfolder`", "revision": "`vae_revision`"}):
+        space = load_latent_space(name, **where)
+    if space.latent_channels != channels:
         raise ConfigurationError(
-            f"the autoencoder {name} has {codec.latent_channels} latent channels, but the checkpoint has {channels}: "
-            "change --vae."
+            f"the autoencoder {name} has {space.latent_channels} latent channels, but the checkpoint has {channels}: "
+            "change `vae`."
         )
-    if not isinstance(codec, AutoencoderKLLatents):
+    if not isinstance(space, AutoencoderKLLatents):
         return None
     if Path(name).exists():
         # diffusers writes the name into the configuration, where a published pipeline would show a local path.
-        codec.vae.register_to_config(_name_or_path="")
-    return codec.vae
+        space.vae.register_to_config(_name_or_path="")
+    return space.vae
 
 
-def _build_scheduler(name: str, path_type: str) -> Any:
-    if name not in SCHEDULERS:
-        raise ConfigurationError(f"--scheduler is {name!r}, but must be one of {', '.join(SCHEDULERS)}.")
-    return (
-        FlowMatchEulerDiscreteScheduler() if name == "euler" else FlowMatchEulerMaruyamaScheduler(path_type=path_type)
-    )
+def find_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype called `name`, None for None.
 
-
-def _dtype(name: str | None) -> torch.dtype | None:
+    Raises:
+        ConfigurationError: there is no such dtype, or none for weights.
+    """
     if name is not None and name not in DTYPES:
-        raise ConfigurationError(f"--dtype is {name!r}, but must be one of {', '.join(DTYPES)}.")
+        raise ConfigurationError(f"`dtype` is {name!r}, but must be one of {', '.join(DTYPES)}.")
     return None if name is None else getattr(torch, name)
 
 
-def _example_class(labels: dict[str, str] | None) -> str | None:
-    """The first class by its first name, if no other class has that name too."""
-    if not labels:
-        return None
-    name = labels["0"].split(",")[0].strip()
-    synonyms = [{part.strip().casefold() for part in entry.split(",")} for entry in labels.values()]
-    owners = [entry for entry in synonyms if name.casefold() in entry]
-    return name if name and len(owners) == 1 else None
+@contextmanager
+def written_or_refused(target: Path) -> Iterator[None]:
+    """Around writing `target`: a disk that fails is a refusal in one sentence.
+
+    Raises:
+        ConfigurationError: the files cannot be written.
+    """
+    try:
+        yield
+    # torch.save reports a full disk as a RuntimeError.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigurationError(
+            f"{target} cannot be written ({one_line(error)}): {remedy(error)}, or choose another `output_dir`."
+        ) from error
 
 
-def _summary(facts: ConversionFacts, layout: Layout) -> str:
+def _summary(facts: ConvertedCardFacts, layout: Layout) -> str:
     config = layout.config
     blocks, projectors = config["num_layers"], len(facts.projectors)
     return (

@@ -11,8 +11,7 @@ import torch
 
 from diffusers_srepa.conversion import names
 from diffusers_srepa.conversion.projectors import has_irepa_names, split_projectors
-from diffusers_srepa.conversion.state_dict import Weights, name_some
-from diffusers_srepa.conversion.training_arguments import RunFacts, read_arguments
+from diffusers_srepa.conversion.read import RunFacts, Weights, name_some, read_arguments
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS
 
@@ -186,17 +185,17 @@ class _Evidence:
 
 def _format(evidence: _Evidence, facts: RunFacts, chosen: str | None) -> str:
     if chosen not in (None, *FORMATS):
-        raise ConfigurationError(f"--format is {chosen!r}, but must be one of {', '.join(FORMATS)}.")
+        raise ConfigurationError(f"`format` is {chosen!r}, but must be one of {', '.join(FORMATS)}.")
     possible = evidence.possible()
     if chosen is not None:
         if chosen not in possible:
             raise ConfigurationError(
-                f"--format is {chosen}, but the checkpoint is {' or '.join(possible)}: "
+                f"`format` is {chosen}, but the checkpoint is {' or '.join(possible)}: "
                 f"{next(iter(possible.values()))}."
             )
         if "sit" in possible and facts.original is not None and (facts.original == "sit") != (chosen == "sit"):
             raise ConfigurationError(
-                f"--format is {chosen}, but the arguments stored in the checkpoint are those of {facts.original}'s "
+                f"`format` is {chosen}, but the arguments stored in the checkpoint are those of {facts.original}'s "
                 "trainer: leave the option out."
             )
         return chosen
@@ -205,18 +204,18 @@ def _format(evidence: _Evidence, facts: RunFacts, chosen: str | None) -> str:
     if facts.original is None:
         raise ConfigurationError(
             "the checkpoint may be of SiT or of REPA, whose tensors have the same names and shapes when there are no "
-            "projectors and no sigma, while their time runs in opposite directions: say which by --format sit or "
-            "--format repa."
+            "projectors and no sigma, while their time runs in opposite directions: say which by `format` sit or "
+            "`format` repa."
         )
     return facts.original
 
 
 def _path_type(facts: RunFacts, chosen: str | None) -> str:
     if chosen not in (None, *PATH_TYPES):
-        raise ConfigurationError(f"--path_type is {chosen!r}, but must be one of {', '.join(PATH_TYPES)}.")
+        raise ConfigurationError(f"`path_type` is {chosen!r}, but must be one of {', '.join(PATH_TYPES)}.")
     if chosen is not None and facts.path_type not in (None, chosen):
         raise ConfigurationError(
-            f"--path_type is {chosen}, but the run's arguments in the checkpoint say {facts.path_type}: leave the "
+            f"`path_type` is {chosen}, but the run's arguments in the checkpoint say {facts.path_type}: leave the "
             "option out."
         )
     return chosen or facts.path_type or "linear"
@@ -229,7 +228,7 @@ def _check_needed(state: Mapping[str, torch.Tensor]) -> None:
     if any(name.startswith(("transformer_blocks.", "patch_embed.")) for name in state):
         raise ConfigurationError(
             "the checkpoint has the names of a diffusers transformer, so there is nothing to convert: load its folder "
-            "with from_pretrained, or give --to repa the folder of its pipeline."
+            "with from_pretrained, or export the folder of its pipeline."
         )
     raise ConfigurationError(
         f"the checkpoint lacks {name_some(missing)}, its names are {name_some(state)}: it is none of SiT, REPA, iREPA "
@@ -285,7 +284,7 @@ def _classes(rows: int, facts: RunFacts, chosen: int | None) -> tuple[int, float
     if chosen is not None:
         if chosen not in (rows, rows - 1):
             raise ConfigurationError(
-                f"--num_classes is {chosen}, but the checkpoint's table has {rows} rows: {rows - 1} classes and the "
+                f"`num_classes` is {chosen}, but the checkpoint's table has {rows} rows: {rows - 1} classes and the "
                 f"null class, or {rows} without one."
             )
         return (chosen, 0.0) if chosen == rows else (chosen, dropout)
@@ -294,10 +293,10 @@ def _classes(rows: int, facts: RunFacts, chosen: int | None) -> tuple[int, float
     if rows == 1000 and facts.num_classes is None:
         raise ConfigurationError(
             "the checkpoint's label table has 1000 rows, which may be ImageNet's classes without a null class, or 999 "
-            "classes with one: say which by --num_classes 1000 or --num_classes 999."
+            "classes with one: say which by `num_classes` 1000 or `num_classes` 999."
         )
     if rows < 2:
-        raise ConfigurationError("the checkpoint's label table has 1 row: say by --num_classes 1 that it is a class.")
+        raise ConfigurationError("the checkpoint's label table has 1 row: say by `num_classes` 1 that it is a class.")
     return rows - 1, dropout
 
 
@@ -311,7 +310,7 @@ def _heads(dim: int, head_dim: int | None, chosen: int | None) -> dict[str, int]
     """Heads and their width, which the shapes show only where queries and keys are normalised."""
     if chosen is not None and (chosen < 1 or dim % chosen or (head_dim is not None and chosen * head_dim != dim)):
         must = f"must be {dim // head_dim}" if head_dim else f"must divide the width {dim}"
-        raise ConfigurationError(f"--num_attention_heads is {chosen}, but {must}.")
+        raise ConfigurationError(f"`num_attention_heads` is {chosen}, but {must}.")
     heads = chosen
     if heads is None and head_dim:
         heads = dim // head_dim
@@ -320,7 +319,7 @@ def _heads(dim: int, head_dim: int | None, chosen: int | None) -> dict[str, int]
     if heads is None or heads < 1 or heads * (dim // heads) != dim:
         raise ConfigurationError(
             f"the checkpoint's width {dim} is none of {', '.join(map(str, sorted(_HEADS)))} (S, B, L, XL), and the "
-            "number of heads cannot be seen in its shapes: give it by --num_attention_heads."
+            "number of heads cannot be seen in its shapes: give it by `num_attention_heads`."
         )
     return {"num_attention_heads": heads, "attention_head_dim": dim // heads}
 
@@ -336,7 +335,7 @@ def _sample_size(num_tokens: int, patch_size: int, chosen: tuple[int, int] | Non
             or height * width != num_tokens * patch_size**2
         ):
             raise ConfigurationError(
-                f"--sample_size is {height} x {width}, but the checkpoint has {num_tokens} positions of "
+                f"`sample_size` is {height} x {width}, but the checkpoint has {num_tokens} positions of "
                 f"{patch_size} x {patch_size} latent pixels."
             )
         return height if height == width else (height, width)
@@ -344,6 +343,6 @@ def _sample_size(num_tokens: int, patch_size: int, chosen: tuple[int, int] | Non
     if side < 1 or side * side != num_tokens:
         raise ConfigurationError(
             f"the checkpoint has {num_tokens} positions, which are no square: give height and width of its latents "
-            "by --sample_size."
+            "by `sample_size`."
         )
     return side * patch_size

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from diffusers_srepa.conversion.state_dict import name_some
+from diffusers_srepa.conversion.read import name_some
 from diffusers_srepa.errors import ConfigurationError
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
 from diffusers_srepa.alignment.term import DEFAULT
-from diffusers_srepa.conversion.state_dict import name_some
+from diffusers_srepa.conversion.read import name_some
 from diffusers_srepa.errors import ConfigurationError
 
 
@@ -57,13 +57,13 @@ def name_projectors(count: int, names: Sequence[str] | None) -> list[str]:
         return [DEFAULT if number == 0 else f"projector_{number}" for number in range(count)]
     if len(names) != count or len(set(names)) != count:
         raise ConfigurationError(
-            f"--projector_names gives {len(names)} names, but the checkpoint has {count} projectors: give each a name "
+            f"`projector_names` gives {len(names)} names, but the checkpoint has {count} projectors: give each a name "
             "of its own."
         )
     for name in names:
         if not _PROJECTOR_NAME.fullmatch(name):
             raise ConfigurationError(
-                f"--projector_names has {name!r}, but a name may have letters, digits, '-' and '_' only."
+                f"`projector_names` has {name!r}, but a name may have letters, digits, '-' and '_' only."
             )
     return list(names)
 

@@ -165,17 +165,16 @@ def _number_strings(values: pa.ChunkedArray, column: str) -> Labels:
 
 def _check_no_missing(missing: np.ndarray, column: str) -> None:
     rows = np.flatnonzero(missing)
-    if len(missing) and len(rows) == len(missing):
-        raise DataError(
-            f"no row of the dataset has a label in the column {column!r}: choose another column (option "
-            "`label_column`) or split (option `split`)."
-        )
-    if len(rows):
+    if len(rows) == 0:
+        return
+    found, remedy = "no row of the dataset has a label", ""
+    if len(rows) < len(missing):
         more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
-        raise DataError(
-            f"row {rows[0]}{more} of the dataset has no label in the column {column!r}: remove such rows, or choose "
-            "another column (option `label_column`) or split (option `split`)."
-        )
+        found, remedy = f"row {rows[0]}{more} of the dataset has no label", "remove such rows, or "
+    raise DataError(
+        f"{found} in the column {column!r}: {remedy}choose another column (option `label_column`) or split (option "
+        "`split`)."
+    )
 
 
 def _check_rows(wrong: np.ndarray, numbers: np.ndarray, column: str, what: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -56,15 +55,7 @@ def stream_fingerprint(stream: IterableDataset, name: str, image_column: str, la
     first = next(iter(stream), None)
     sizes = {str(split): info.num_examples for split, info in (stream.info.splits or {}).items()}
     columns = {column: repr(feature) for column, feature in (stream.features or {}).items()}
-    identity: Sequence[Any] = (
-        PurePath(name).name,
-        str(stream.split),
-        stream.num_shards,
-        sizes,
-        columns,
-        image_column,
-        label_column,
-    )
+    identity = [PurePath(name).name, str(stream.split), stream.num_shards, sizes, columns, image_column, label_column]
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8)
     if first is not None:
         cell = first[image_column]

@@ -27,11 +27,11 @@ _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _DECODER = datasets.Image()
 
 
-def read_crop(cell: Any, size: int, tokens: Mapping[str, Any] | None = None) -> torch.Tensor:
+def read_crop(cell: dict[str, Any] | None, size: int, tokens: Mapping[str, Any] | None = None) -> torch.Tensor:
     """The training crop of an image as it is stored in a dataset.
 
     Args:
-        cell: `{"bytes": ..., "path": ...}`, as an Image column with `decode=False` gives it; bytes or a path.
+        cell: `{"bytes": ..., "path": ...}`, as an Image column with `decode=False` gives it.
         size (`int`): side of the crop.
         tokens (`Mapping`, *optional*): Hub tokens by repository, for paths on the Hub.
 
@@ -43,17 +43,19 @@ def read_crop(cell: Any, size: int, tokens: Mapping[str, Any] | None = None) -> 
         ConnectionError: network, server or machine failed, which says nothing about the image.
         MemoryError: there is too little memory to decode it.
     """
-    stored = _stored(cell)
-    if stored is None:
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise DataError("it holds no image.")
     try:
-        return training_crop(_DECODER.decode_example(stored, token_per_repo_id=dict(tokens or {})), size)
+        return training_crop(_DECODER.decode_example(cell, token_per_repo_id=dict(tokens or {})), size)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds of exceptions for broken files.
+        file = f" (file {cell['path']})" if cell["path"] else ""
+        # Pillow names the buffer it read from by its address, which tells nobody anything.
+        reason = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its bytes", one_line(error))
         if is_outage(error):
-            raise ConnectionError(f"{_reason(error)}{_where(stored)}") from error
-        raise DataError(f"it cannot be decoded{_where(stored)}: {_reason(error)}.") from error
+            raise ConnectionError(f"{reason}{file}") from error
+        raise DataError(f"it cannot be decoded{file}: {reason}.") from error
 
 
 @dataclass(frozen=True)
@@ -136,22 +138,3 @@ def training_crop(image: Image.Image, size: int) -> torch.Tensor:
     """The whole way from a picture to the uint8 training crop `(3, size, size)`."""
     crop = center_crop_adm(to_rgb(image), size)
     return torch.from_numpy(np.array(crop, dtype=np.uint8)).permute(2, 0, 1).contiguous()
-
-
-def _stored(cell: Any) -> dict[str, Any] | None:
-    if isinstance(cell, bytes):
-        return {"bytes": cell, "path": None}
-    if isinstance(cell, str):
-        return {"bytes": None, "path": cell}
-    if not isinstance(cell, Mapping) or (cell.get("bytes") is None and cell.get("path") is None):
-        return None
-    return {"bytes": cell.get("bytes"), "path": cell.get("path")}
-
-
-def _where(stored: Mapping[str, Any]) -> str:
-    return f" (file {stored['path']})" if stored["path"] else ""
-
-
-def _reason(error: Exception) -> str:
-    # Pillow names the buffer it read from by its address, which tells nobody anything.
-    return re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its bytes", one_line(error))

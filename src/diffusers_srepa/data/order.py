@@ -60,10 +60,9 @@ class BatchLayout:
     num_processes: int = 1
 
     def __post_init__(self) -> None:
-        if self.global_batch_size < 1:
-            raise ConfigurationError(f"`global_batch_size` is {self.global_batch_size}, but must be at least 1.")
-        if self.micro_batch_size < 1:
-            raise ConfigurationError(f"`micro_batch_size` is {self.micro_batch_size}, but must be at least 1.")
+        for name in ("global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
         if not 0 <= self.process_index < self.num_processes:
             raise ConfigurationError(
                 f"`process_index` is {self.process_index}, but must lie in [0, {self.num_processes}), the number of "
@@ -141,11 +140,6 @@ class GlobalBatchSampler:
         """Optimiser steps per pass over the dataset; rows that do not fill a batch are left out of that pass."""
         return self.num_samples // self.layout.global_batch_size
 
-    def __len__(self) -> int:
-        if self.num_steps is None:
-            raise TypeError("this sampler never ends, so it has no length: give num_steps.")
-        return self.num_steps * self.layout.num_micro_batches
-
     def __iter__(self) -> Iterator[list[SampleKey]]:
         step, epoch, order = self.start_step, -1, np.empty(0, dtype=np.int64)
         while self.num_steps is None or step < self.start_step + self.num_steps:
@@ -161,12 +155,7 @@ class GlobalBatchSampler:
 
 
 def check_steps(start_step: int, num_steps: int | None) -> None:
-    """Refuse a negative place in the run.
-
-    Raises:
-        ConfigurationError: `start_step` or `num_steps` is negative.
-    """
-    if start_step < 0:
-        raise ConfigurationError(f"the first step is {start_step}, but must be at least 0.")
-    if num_steps is not None and num_steps < 0:
-        raise ConfigurationError(f"the number of steps is {num_steps}, but must be at least 0.")
+    """Refuse a negative place in the run with a ConfigurationError."""
+    for name, value in {"start_step": start_step, "num_steps": num_steps or 0}.items():
+        if value < 0:
+            raise ConfigurationError(f"`{name}` is {value}, but must be at least 0.")

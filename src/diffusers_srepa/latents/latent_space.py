@@ -1,4 +1,4 @@
-"""The interface of latent spaces: images to latents and back, and the scale of latents."""
+"""The interface of latent spaces: images to latents of the scale that a transformer learns, and back."""
 
 from __future__ import annotations
 
@@ -8,16 +8,6 @@ from typing import Self
 import torch
 
 from diffusers_srepa.errors import ConfigurationError
-
-
-def scale_latents(latents: torch.Tensor, scaling_factor: float, shift_factor: float = 0.0) -> torch.Tensor:
-    """What the autoencoder encodes, brought to the scale that the transformer learns: (z - shift) * scale."""
-    return (latents - shift_factor) * scaling_factor
-
-
-def unscale_latents(latents: torch.Tensor, scaling_factor: float, shift_factor: float = 0.0) -> torch.Tensor:
-    """The inverse of `scale_latents`: z / scale + shift."""
-    return latents / scaling_factor + shift_factor
 
 
 class LatentSpace(ABC):
@@ -82,7 +72,7 @@ class LatentSpace(ABC):
                 f"mean, std and noise must have one shape, but have {tuple(mean.shape)}, {tuple(std.shape)} and "
                 f"{tuple(noise.shape)}."
             )
-        return scale_latents(mean + std * noise, self.scaling_factor, self.shift_factor)
+        return (mean + std * noise - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -101,7 +91,7 @@ class LatentSpace(ABC):
             raise ValueError(
                 f"latents must have shape (B, {self.latent_channels}, h, w), but have {tuple(latents.shape)}."
             )
-        images = self._decode(unscale_latents(latents, self.scaling_factor, self.shift_factor))
+        images = self._decode(latents / self.scaling_factor + self.shift_factor)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -114,7 +104,7 @@ class LatentSpace(ABC):
         if height < factor or width < factor or height % factor or width % factor:
             raise ConfigurationError(
                 f"images of {height} x {width} pixels cannot be encoded, because both sides must be multiples of "
-                f"{factor}: change `resolution`."
+                f"{factor}: change the resolution (option `resolution`)."
             )
         return self.latent_channels, height // factor, width // factor
 

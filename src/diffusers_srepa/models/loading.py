@@ -153,8 +153,8 @@ def _find_folder(source: str | Path, patterns: list[str]) -> Path:
             ) from None
     if not (folder / TRANSFORMER / _CONFIG_FILE).is_file():
         raise ConfigurationError(
-            f"`source` {source} has no folder {TRANSFORMER} with a {_CONFIG_FILE}: give the folder of a pipeline or of "
-            "a checkpoint."
+            f"`source` {source} has no folder {TRANSFORMER} with a {_CONFIG_FILE}: give the folder of a pipeline or a "
+            "checkpoint."
         )
     return folder
 
@@ -174,7 +174,8 @@ def _checkpoint_format(folder: Path) -> int | None:
     found = read_json(file).get("format")
     if found not in _OTHER_WEIGHTS:
         raise ConfigurationError(
-            f"the checkpoint {folder} has format {found}, but must have 1 or 2: change `source`, or update the package."
+            f"the checkpoint {folder} has format {found}, but must have 1 or 2: change `source`, or update this "
+            "package."
         )
     return found
 

@@ -20,7 +20,7 @@ from diffusers_srepa.teachers.families import (
     family_of,
     interpolating_inputs,
 )
-from diffusers_srepa.teachers.geometry import Grid, read_geometry
+from diffusers_srepa.teachers.geometry import read_geometry
 from diffusers_srepa.teachers.moco_v3 import WEIGHT_NAMES, load_moco_v3
 from diffusers_srepa.teachers.position_table import install_position_table
 from diffusers_srepa.teachers.preprocessing import (
@@ -33,7 +33,7 @@ from diffusers_srepa.teachers.preprocessing import (
 )
 from diffusers_srepa.teachers.source import TeacherSource
 from diffusers_srepa.teachers.vision_tower import find_blocks, load_config, load_tower
-from diffusers_srepa.tokens import TeacherFeatures, check_grid
+from diffusers_srepa.tokens import Grid, TeacherFeatures, check_grid
 
 
 # A tower with more leading tokens than a class token and a distillation token is not understood by the generic rule.
@@ -85,7 +85,12 @@ class Teacher(nn.Module):
         self.family = _with_interpolation(family, tower)
         self.patch_size = geometry.patch_size
         self.feature_dim = geometry.feature_dim
-        self.grid = _choose_grid(grid, geometry.native_grid, name_or_path)
+        native_grid = geometry.native_grid
+        if grid is None and native_grid is None:
+            raise ConfigurationError(
+                f"the config of the teacher {name_or_path!r} does not say its grid: give `grid` as (h, w)."
+            )
+        self.grid = check_grid(native_grid if grid is None else grid, "the teacher's `grid`")
         self.image_mean = image_mean or family.image_mean
         self.image_std = image_std or family.image_std
         self.layer = None if layer is None else _check_layer(layer, geometry.num_layers, name_or_path)
@@ -97,7 +102,7 @@ class Teacher(nn.Module):
             self.tap = FeatureTap(blocks, f"{tapped_block - 1}:0")
             if family.model_type in TABLE:
                 del blocks[tapped_block:]  # nothing reads what they would compute
-        install_position_table(tower, geometry.native_grid, self.grid, self.patch_size)
+        install_position_table(tower, native_grid, self.grid, self.patch_size)
         self.model = tower
         self.requires_grad_(False)
         self.eval()
@@ -303,16 +308,6 @@ def _load(source: TeacherSource, weight_name: str | None, dtype: torch.dtype) ->
         f"the teacher {source.name_or_path!r} has no config.json that names a model_type, and no MoCo-v3 weights "
         f"({' or '.join(WEIGHT_NAMES)}): check `name_or_path`, `subfolder` and `weight_name`."
     )
-
-
-def _choose_grid(grid: Sequence[int] | None, native_grid: Grid | None, name_or_path: str) -> Grid:
-    if grid is not None:
-        return check_grid(grid, "the teacher's `grid`")
-    if native_grid is None:
-        raise ConfigurationError(
-            f"the config of the teacher {name_or_path!r} does not say its grid: give `grid` as (h, w)."
-        )
-    return native_grid
 
 
 def _check_layer(layer: int, num_layers: int, name_or_path: str) -> int:

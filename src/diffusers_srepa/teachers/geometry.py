@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers_srepa.errors import ConfigurationError
-
-
-Grid = tuple[int, int]
+from diffusers_srepa.tokens import Grid
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-Grid = tuple[int, int]
+from diffusers_srepa.tokens import Grid
 
 
 def resample_position_table(table: torch.Tensor, old_grid: Grid, new_grid: Grid) -> torch.Tensor:
@@ -50,17 +49,14 @@ class PositionTable:
         self.patch_size = patch_size
         self.resampled: dict[tuple[Grid, torch.device, torch.dtype], torch.Tensor] = {}
 
-    def rows(self, grid: Grid) -> torch.Tensor:
-        """The table for `grid`, shape `(1, P + h * w, D)`, float32."""
-        return resample_position_table(self.native, self.native_grid, grid)
-
     def rows_like(self, grid: Grid, current: torch.Tensor) -> torch.Tensor:
         """The table for `grid` with the device and dtype of `current`, which is the tower's own table for its grid."""
         if grid == self.grid:
             return current
         key = (grid, current.device, current.dtype)
         if key not in self.resampled:
-            self.resampled[key] = self.rows(grid).to(device=current.device, dtype=current.dtype)
+            resampled = resample_position_table(self.native, self.native_grid, grid)
+            self.resampled[key] = resampled.to(device=current.device, dtype=current.dtype)
         return self.resampled[key]
 
 
@@ -74,9 +70,9 @@ def install_position_table(tower: nn.Module, native_grid: Grid | None, grid: Gri
         table = _table_of(module)
         if table is None or native_grid is None or table.shape[1] < native_grid[0] * native_grid[1]:
             continue
-        positions = PositionTable(table, native_grid, grid, patch_size)
-        _write_table(module, positions.rows(grid).to(device=table.device, dtype=table.dtype))
-        module.srepa_positions = positions  # type: ignore[assignment]
+        module.srepa_positions = PositionTable(table, native_grid, grid, patch_size)  # type: ignore[assignment]
+        resampled = resample_position_table(table.detach().cpu(), native_grid, grid)
+        _write_table(module, resampled.to(device=table.device, dtype=table.dtype))
         # Not a closure: `copy.deepcopy` and `pickle` bind a partial to the copied module.
         module.interpolate_pos_encoding = partial(_interpolate_pos_encoding, module)  # type: ignore[assignment]
         return True

@@ -43,18 +43,13 @@ def load_tower(source: TeacherSource, family: TeacherFamily, dtype: torch.dtype)
     Raises:
         ConfigurationError: the weights cannot be read, or some that the tower needs are not in the file.
     """
-    arguments = {"dtype": dtype, "output_loading_info": True} | source.hub_arguments
+    arguments = {"dtype": dtype, "output_loading_info": True} | source.hub_arguments | dict(family.class_arguments)
+    if family.vision_class is None:
+        arguments["trust_remote_code"] = False
     try:
         with quiet_transformers():
-            if family.vision_class is None:
-                model, report = transformers.AutoModel.from_pretrained(
-                    source.name_or_path, trust_remote_code=False, **arguments
-                )
-            else:
-                vision_class = getattr(transformers, family.vision_class)
-                model, report = vision_class.from_pretrained(
-                    source.name_or_path, **arguments, **family.class_arguments
-                )
+            vision_class = getattr(transformers, family.vision_class or "AutoModel")
+            model, report = vision_class.from_pretrained(source.name_or_path, **arguments)
     except LOAD_ERRORS as error:
         raise source.failure(error) from error
     check_complete(report, source.name_or_path)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from PIL import Image
-
-
-if TYPE_CHECKING:
-    from diffusers_srepa.training.trainer import Trainer
 
 
 class TrainerCallback:
@@ -23,7 +19,7 @@ class TrainerCallback:
     exception ends the run where it is.
     """
 
-    def on_step_end(self, trainer: Trainer, step: int, values: Mapping[str, torch.Tensor] | None) -> None:
+    def on_step_end(self, trainer: Any, step: int, values: Mapping[str, torch.Tensor] | None) -> None:
         """After every optimiser step.
 
         Args:
@@ -33,11 +29,11 @@ class TrainerCallback:
                 norm, on the device; None for a step that was skipped.
         """
 
-    def on_checkpoint(self, trainer: Trainer, step: int, folder: Path) -> None:
+    def on_checkpoint(self, trainer: Any, step: int, folder: Path) -> None:
         """After `checkpoint-<step>` has been written; `folder` is whole and may be copied, not changed."""
 
-    def on_validation(self, trainer: Trainer, step: int, images: list[Image.Image]) -> None:
+    def on_validation(self, trainer: Any, step: int, images: list[Image.Image]) -> None:
         """After the validation images of `step` were sampled; `images` is empty on all but the main process."""
 
-    def on_train_end(self, trainer: Trainer, step: int) -> None:
+    def on_train_end(self, trainer: Any, step: int) -> None:
         """After the finished pipeline was written; not called for a run that was interrupted or failed."""

@@ -63,29 +63,47 @@ class RowTile:
 
 
 @dataclass(frozen=True)
-class TilePlan:
-    """A walk through the upper triangles of `(B, N, N)`.
+class ChunkPlan:
+    """A walk through `(B, N, D)`: chunks of samples, and within them blocks of rows.
 
     Args:
         num_samples (`int`): B.
         num_tokens (`int`): N.
         samples_per_chunk (`int`): samples that are treated together.
-        rows_per_tile (`int`): rows of a tile.
+        rows_per_block (`int`): tokens that are treated together.
     """
 
     num_samples: int
     num_tokens: int
     samples_per_chunk: int
-    rows_per_tile: int
+    rows_per_block: int
 
     def chunks(self) -> Iterator[slice]:
         """Slices of the batch."""
         return _slices(self.num_samples, self.samples_per_chunk)
 
+    def rows(self) -> Iterator[slice]:
+        """Slices of the tokens."""
+        return _slices(self.num_tokens, self.rows_per_block)
+
+    @property
+    def chunk_size(self) -> int:
+        """Number of samples of the largest chunk."""
+        return min(self.num_samples, self.samples_per_chunk)
+
+    def memory(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a block of a chunk of normalised `tokens`."""
+        return tokens.new_empty(self.chunk_size, self.rows_per_block, tokens.shape[2], dtype=dtype)
+
+
+@dataclass(frozen=True)
+class TilePlan(ChunkPlan):
+    """A walk through the upper triangles of `(B, N, N)`, whose blocks of rows are tiles."""
+
     def tiles(self) -> Iterator[RowTile]:
         """The upper triangle in tiles of rows, the first of which holds all columns."""
         offset = 0
-        for rows in _slices(self.num_tokens, self.rows_per_tile):
+        for rows in self.rows():
             tile = RowTile(rows.start, rows.stop, self.num_tokens, offset)
             offset += tile.size
             yield tile
@@ -95,48 +113,16 @@ class TilePlan:
         return packed[chunk.start * self.packed_size : chunk.stop * self.packed_size]
 
     @property
-    def chunk_size(self) -> int:
-        """Number of samples of the largest chunk."""
-        return min(self.num_samples, self.samples_per_chunk)
-
-    @property
     def tile_size(self) -> int:
         """Number of elements of the largest tile of a chunk."""
-        return self.chunk_size * self.rows_per_tile * self.num_tokens
+        return self.chunk_size * self.rows_per_block * self.num_tokens
 
     @property
     def packed_size(self) -> int:
         """Number of elements of all tiles of one sample; a closed form, since N may be symbolic."""
-        rows, num_full = self.rows_per_tile, self.num_tokens // self.rows_per_tile
+        rows, num_full = self.rows_per_block, self.num_tokens // self.rows_per_block
         rest = self.num_tokens - num_full * rows
         return rows * (num_full * self.num_tokens - rows * (num_full * (num_full - 1) // 2)) + rest * rest
-
-
-@dataclass(frozen=True)
-class ChunkPlan:
-    """A walk through `(B, N, D)`: chunks of samples, and within them chunks of rows."""
-
-    num_samples: int
-    num_tokens: int
-    samples_per_chunk: int
-    rows_per_chunk: int
-
-    def chunks(self) -> Iterator[slice]:
-        """Slices of the batch."""
-        return _slices(self.num_samples, self.samples_per_chunk)
-
-    def rows(self) -> Iterator[slice]:
-        """Slices of the tokens."""
-        return _slices(self.num_tokens, self.rows_per_chunk)
-
-    @property
-    def chunk_size(self) -> int:
-        """Number of samples of the largest chunk."""
-        return min(self.num_samples, self.samples_per_chunk)
-
-    def memory(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a chunk of normalised `tokens`."""
-        return tokens.new_empty(self.chunk_size, self.rows_per_chunk, tokens.shape[2], dtype=dtype)
 
 
 def chunks_of_rows(tokens: torch.Tensor) -> Iterator[slice]:

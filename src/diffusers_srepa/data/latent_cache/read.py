@@ -78,31 +78,23 @@ class LatentCache:
         Raises:
             ConfigurationError: the first difference, and the option to change.
         """
-        layout, again = self.layout, "or write another cache with diffusers-srepa cache-latents"
-        if resolution is not None and resolution != layout.resolution:
+        layout, wrong = self.layout, ""
+        if resolution not in (None, layout.resolution):
+            wrong = f"holds crops of {layout.resolution} pixels, but `resolution` is {resolution}: change `resolution`"
+        elif encoder_id not in (None, layout.encoder_id):
+            wrong = f"was written with the encoder {layout.encoder_id}, not with {encoder_id}: change the autoencoder"
+            wrong += ", its precision"
+        elif rows not in (None, layout.rows):
+            wrong = f"holds {layout.rows} rows, but the dataset has {rows}: change `name_or_path`, `split`"
+        elif fingerprint is not None and not same_images(fingerprint, layout.fingerprint):
+            wrong = f"was written for another dataset (fingerprint {layout.fingerprint}, not {fingerprint}): change "
+            wrong += "`name_or_path`, `split`"
+        elif flip and not layout.flip:
+            wrong = "holds no mirrored latents (`flip`), but `horizontal_flip` is on: change `horizontal_flip`"
+        if wrong:
             raise ConfigurationError(
-                f"the latent cache {self.folder} holds crops of {layout.resolution} pixels, but `resolution` is "
-                f"{resolution}: change `resolution` or `latent_cache`, {again}."
-            )
-        if encoder_id is not None and encoder_id != layout.encoder_id:
-            raise ConfigurationError(
-                f"the latent cache {self.folder} was written with the encoder {layout.encoder_id}, not with "
-                f"{encoder_id}: change the autoencoder, its precision or `latent_cache`, {again}."
-            )
-        if rows is not None and rows != layout.rows:
-            raise ConfigurationError(
-                f"the latent cache {self.folder} holds {layout.rows} rows, but the dataset has {rows}: change "
-                f"`name_or_path`, `split` or `latent_cache`, {again}."
-            )
-        if fingerprint is not None and not same_images(fingerprint, layout.fingerprint):
-            raise ConfigurationError(
-                f"the latent cache {self.folder} was written for another dataset (fingerprint {layout.fingerprint}, "
-                f"not {fingerprint}): change `name_or_path`, `split` or `latent_cache`, {again}."
-            )
-        if flip and not layout.flip:
-            raise ConfigurationError(
-                f"the latent cache {self.folder} holds no mirrored latents, but `horizontal_flip` is on: switch it "
-                "off, or write another cache, with `flip`, by diffusers-srepa cache-latents."
+                f"the latent cache {self.folder} {wrong} or `latent_cache`, or write another cache with "
+                "diffusers-srepa cache-latents."
             )
 
     def moments(self, row: int, flipped: bool = False) -> torch.Tensor:

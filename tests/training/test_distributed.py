@@ -8,8 +8,13 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from diffusers_srepa.configuration.sections import LoopConfig
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.training.launch import check_environment, check_processes, micro_batch_size
-from diffusers_srepa.training.sharding import prepare_sharding
+from diffusers_srepa.training.distributed import (
+    _check_environment,
+    _check_processes,
+    micro_batch_size,
+    prepare_sharding,
+    resolve_precision,
+)
 
 
 def _state(num_processes: int, kind: DistributedType = DistributedType.NO) -> SimpleNamespace:
@@ -19,21 +24,21 @@ def _state(num_processes: int, kind: DistributedType = DistributedType.NO) -> Si
 
 def test_a_master_without_a_world_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="--multi_gpu --num_processes N"):
-        check_environment({"MASTER_ADDR": "127.0.0.1"})
-    check_environment({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"})
-    check_environment({})
+        _check_environment({"MASTER_ADDR": "127.0.0.1"})
+    _check_environment({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"})
+    _check_environment({})
 
 
 def test_other_numbers_of_processes_than_expected_are_refused() -> None:
-    check_processes(_state(2), None)
-    check_processes(_state(2), 2)
+    _check_processes(_state(2), None)
+    _check_processes(_state(2), 2)
     with pytest.raises(ConfigurationError, match="1 processes are running, but expected_processes is 2"):
-        check_processes(_state(1), 2)
+        _check_processes(_state(1), 2)
 
 
 def test_deepspeed_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="DeepSpeed was asked for"):
-        check_processes(_state(2, DistributedType.DEEPSPEED), None)
+        _check_processes(_state(2, DistributedType.DEEPSPEED), None)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_kinds_of_fsdp_that_cannot_work_are_refused(
     state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**plugin))
     accelerator: Any = SimpleNamespace(num_processes=processes, distributed_type=DistributedType.FSDP, state=state)
     with pytest.raises(ConfigurationError, match=message):
-        prepare_sharding(accelerator, ["SiTTransformerBlock"])
+        prepare_sharding(accelerator)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +71,21 @@ def test_micro_batches(global_size: int, micro: int | None, processes: int, expe
 def test_batches_that_do_not_divide_are_refused(global_size: int, micro: int | None, processes: int) -> None:
     with pytest.raises(ConfigurationError, match="training.global_batch_size"):
         micro_batch_size(LoopConfig(global_batch_size=global_size, micro_batch_size=micro), processes)
+
+
+@pytest.mark.parametrize(
+    "option, launched, expected",
+    [(None, None, "bf16"), ("no", None, "no"), (None, "no", "bf16"), ("fp16", "no", "fp16")]
+    + [(None, "fp16", "fp16"), (None, "bf16", "bf16"), ("bf16", "bf16", "bf16")],
+)
+def test_the_launcher_s_precision_wins_over_the_default(
+    option: str | None, launched: str | None, expected: str
+) -> None:
+    environment = {} if launched is None else {"ACCELERATE_MIXED_PRECISION": launched}
+    assert resolve_precision(option, environment) == expected
+
+
+@pytest.mark.parametrize("option, launched", [("no", "bf16"), ("bf16", "fp16"), (None, "fp8")])
+def test_a_precision_that_the_launcher_contradicts_is_refused(option: str | None, launched: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"asked for.* {launched}"):
+        resolve_precision(option, {"ACCELERATE_MIXED_PRECISION": launched})

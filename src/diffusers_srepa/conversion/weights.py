@@ -1,24 +1,40 @@
-"""REPA's weights, and those brought to its convention, as a state dict of `SiTTransformer2DModel`, and back.
+"""Weights under official names as a state dict of `SiTTransformer2DModel`, and back.
 
-Both run from data (t = 0) to noise (t = 1), so names change and no number does: the fused rows [q | k | v] are three
-layers here, and the position table is a buffer whose stored values are kept. An average of the weights moves even that
-table, by up to 1.6e-4, so it must not be computed anew.
+REPA, iREPA and REG run from data (t = 0) to noise (t = 1) like this package, so names change and no number does: the
+fused rows [q | k | v] are three layers here, and the position table is a buffer whose stored values are kept. An
+average of the weights moves even that table, by up to 1.6e-4, so it must not be computed anew. REG's table has a first
+row for its class token, always zero, which the model here lacks.
+
+SiT runs from noise (t = 0) to data (t = 1) and predicts data - noise, so that v_repa(x, t, y) = -v_sit(x, 1 - t, y).
+For velocity models on the linear and the GVP (cosine) path this is a change of three weights, exact but for rounding:
+
+- the sinusoid of 1 - t is a linear map of that of t. With frequencies f_i = 10000^(-i / 128) and the first matrix of
+  the time MLP, W = [W_cos | W_sin], columnwise
+
+      W_cos' = W_cos cos f + W_sin sin f,    W_sin' = W_cos sin f - W_sin cos f,
+
+  a reflection, which undoes itself;
+- the rows of the final layer change their sign, and those that predict the sigma go.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from diffusers_srepa.conversion.names import (
     BLOCK,
     CLASS_TOKEN,
+    FINAL_LAYER,
+    FREQUENCIES,
     POSITIONS,
     QK_NORM,
     QKV,
+    TIME_WEIGHT,
     TOP_LEVEL,
     to_diffusers_name,
 )
-from diffusers_srepa.conversion.reg import add_class_position, drop_class_position
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 
 
@@ -49,7 +65,7 @@ def to_diffusers(
                 converted[f"{prefix}.{projection}.{parameter}"] = rows.clone()
             continue
         if name == POSITIONS and has_class_token:
-            value = drop_class_position(value)
+            value = value[:, 1:]
         converted[to_diffusers_name(name)] = value.contiguous()
     return converted
 
@@ -59,7 +75,9 @@ def to_official(transformer: SiTTransformer2DModel) -> dict[str, torch.Tensor]:
     state = {name: value.detach().cpu() for name, value in transformer.state_dict().items()}
     config = transformer.config
     positions = state.pop(POSITIONS)
-    official = {POSITIONS: add_class_position(positions) if config.class_token_dim is not None else positions}
+    if config.class_token_dim is not None:
+        positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    official = {POSITIONS: positions}
     for old, new in (TOP_LEVEL | CLASS_TOKEN).items():
         _move(state, official, new, old)
     for block in range(config.num_layers):
@@ -78,3 +96,36 @@ def _move(state: dict[str, torch.Tensor], target: dict[str, torch.Tensor], old: 
     for parameter in ("weight", "bias"):
         if f"{old}.{parameter}" in state:
             target[f"{new}.{parameter}"] = state.pop(f"{old}.{parameter}")
+
+
+def to_repa_convention(state: dict[str, torch.Tensor], channels: int, final_channels: int) -> None:
+    """Change the three weights of a SiT state dict, under official names and in place.
+
+    Args:
+        state (`dict[str, torch.Tensor]`): a SiT state dict; the tensors themselves are left as they are.
+        channels (`int`): channels of the latents.
+        final_channels (`int`): channels of the final layer, `2 * channels` if it predicts a sigma too.
+    """
+    state[TIME_WEIGHT] = reflect_time(state[TIME_WEIGHT])
+    for kind in ("weight", "bias"):
+        name = f"{FINAL_LAYER}.{kind}"
+        state[name] = -velocity_rows(state[name], channels, final_channels)
+
+
+def reflect_time(weight: torch.Tensor) -> torch.Tensor:
+    """The matrix `(D, 256)` of the time MLP that gives at t what `weight` gives at 1 - t; twice gives `weight` again.
+
+    Computed in float64, returned in the dtype of `weight`.
+    """
+    half = FREQUENCIES // 2
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float64))
+    cosine, sine = frequencies.cos(), frequencies.sin()
+    of_cosine, of_sine = weight.double().split(half, dim=1)
+    reflected = [of_cosine * cosine + of_sine * sine, of_cosine * sine - of_sine * cosine]
+    return torch.cat(reflected, dim=1).to(weight.dtype)
+
+
+def velocity_rows(value: torch.Tensor, channels: int, final_channels: int) -> torch.Tensor:
+    """The rows of a final weight or bias that belong to the velocity; the channel is the fastest index of a row."""
+    by_channel = value.unflatten(0, (-1, final_channels))
+    return by_channel[:, :channels].flatten(0, 1)

@@ -18,11 +18,13 @@ from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.hub import SiTPipeline
+from diffusers_srepa.publishing.card_facts import ModelCardFacts, package_versions
+from diffusers_srepa.publishing.licences import licence_note
+from diffusers_srepa.publishing.model_card import write_model_card
+from diffusers_srepa.publishing.redaction import public_config, public_versions
 from diffusers_srepa.schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from diffusers_srepa.training.card_facts import facts_from_config
-from diffusers_srepa.training.licence_notes import licence_note
-from diffusers_srepa.training.model_card import ModelCardFacts, package_versions, public_config, write_model_card
-from diffusers_srepa.training.publishable import publishable_versions
+from diffusers_srepa.training.methods.card_facts import alignment_facts
 from tests.hub.card_rules import validate_card
 
 
@@ -288,7 +290,7 @@ def facts_of(tmp_path: Path, text: str, *options: str, **facts: Any) -> tuple[Tr
     config = load_training_config(["--config", str(tmp_path / "run.yaml"), *options], validate=False)
     with torch.device("meta"):
         transformer = SiTTransformer2DModel.from_preset(config.model.preset, num_classes=10)
-    return config, facts_from_config(config, transformer, **facts)
+    return config, facts_from_config(config, transformer, **alignment_facts(config, transformer), **facts)
 
 
 def test_a_card_names_every_teacher_tap_and_schedule(tmp_path: Path) -> None:
@@ -389,7 +391,7 @@ def test_published_files_hold_no_local_path(tmp_path: Path) -> None:
     config = TrainingConfig(output_dir=str(run))
     config.data.dataset = str(tmp_path / "images")
     (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    versions = publishable_versions(run, [*files, "config.yaml"])
+    versions = public_versions(run, [*files, "config.yaml"])
     assert set(versions) == {"vae/config.json", "config.yaml"}
     assert json.loads(versions["vae/config.json"]) == {"sample_size": 32}
     published = yaml.safe_load(versions["config.yaml"])
