@@ -1,7 +1,7 @@
 """Shared parts of the tests of the command line."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
