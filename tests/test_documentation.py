@@ -1,4 +1,4 @@
-"""The Python blocks of README.md, docs/alignment.md and docs/teachers.md run, those of the other pages compile.
+"""The Python blocks of README.md, docs/alignment.md, teachers.md and training.md run, those of other pages compile.
 
 Names of the Hub are folders of the working directory here, with tiny checkpoints of the same classes, so that the
 blocks run unchanged and offline. Those of docs/hub.md run in tests/hub.
@@ -7,26 +7,36 @@ blocks run unchanged and offline. Those of docs/hub.md run in tests/hub.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
+from diffusers_srepa import ConfigurationError, SiTPipeline
 from diffusers_srepa.alignment.registry import OBJECTIVES, PROJECTORS, build_terms
 from diffusers_srepa.alignment.schedule import HardStop
 from diffusers_srepa.alignment.term import AlignmentTerm
 from diffusers_srepa.configuration.command_line import load_training_config
+from diffusers_srepa.models import presets
+from diffusers_srepa.models.transformer_sit import SIT_PRESETS
 from diffusers_srepa.teachers import families
 from diffusers_srepa.tokens import TokenMap
 from tests.helpers.aligned_step import PlainTransformer
 from tests.helpers.tiny_pipeline import tiny_pipeline
+from tests.helpers.tiny_run import write_assets
+from tests.helpers.toy_method import ToyTransformer
+from tests.test_architecture import LEVELS
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -274,16 +284,6 @@ def test_page_tables_name_every_objective_and_projector():
     assert all(call.startswith(f"`{PROJECTORS[name].__name__}(") for name, call in projectors.items())
 
 
-def test_page_links_lead_somewhere():
-    text = (ROOT / "docs/alignment.md").read_text()
-    headings = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()}
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif not target.startswith("https://"):
-            assert (ROOT / "docs" / target).exists(), target
-
-
 # README.md and docs/teachers.md
 
 
@@ -341,6 +341,139 @@ def test_teachers_page():
     names = {name: getattr(families, name) for name in ("HALF", "TeacherFamily", "interpolating_inputs")}
     run("docs/teachers.md", row, names)
     assert names["family"].model_type == "my_model_type"
+
+
+# docs/training.md
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with `photos/` and `my_run.yaml`, a run of tiny real parts."""
+    write_assets(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "photos")
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    config["data"]["dataset"] = "photos"
+    config["sampling"]["guidance_scale"] = 1.0
+    (tmp_path / "my_run.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield tmp_path
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def training_block(heading: str) -> Block:
+    (block,) = [block for block in read_blocks("docs/training.md") if block.heading == heading]
+    return block
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_page_presets_in_code():
+    names: dict[str, Any] = {}
+    run("docs/training.md", training_block("Presets"), names)
+    assert names["transformer"].config.patch_size == 8 and set(names["terms"]) == {"cosine", "gram_mse"}
+
+
+def test_page_run_from_objects(run_folder: Path):
+    config = yaml.safe_load((run_folder / "my_run.yaml").read_text())
+    del config["data"]["dataset"]
+    (run_folder / "my_run.yaml").write_text(yaml.safe_dump(config))
+    names: dict[str, Any] = {}
+    run("docs/training.md", training_block("A run from objects"), names)
+    assert names["folder"] == Path("runs/objects") and len(names["trainer"].dataset) == len(names["images"]) == 24
+    assert type(SiTPipeline.from_pretrained(names["folder"])) is SiTPipeline
+    assert [record["step"] for record in metrics(names["folder"]) if record.get("checkpoint_mib", 0) > 0] == [3]
+    stopping, calls = names["StopWhenGood"](), []
+    names["trainer"].stop = calls.append
+    for value in (0.06, 0.04):
+        stopping.on_step_end(names["trainer"], 1, {"flow": torch.tensor(value)})
+    assert calls == ["the flow loss is low enough"]
+
+
+def test_page_method_of_your_own(run_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    config = yaml.safe_load((run_folder / "my_run.yaml").read_text())
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "patch_size": 2}
+    monkeypatch.setitem(SIT_PRESETS, "SiT-S/2", sizes)
+    kept = {name: config[name] for name in config.keys() - {"teacher", "alignment"}} | {"flow_weight": 0.5}
+    (run_folder / "plain.yaml").write_text(yaml.safe_dump(kept | {"model": {"preset": "SiT-S/2"}}))
+    run("docs/training.md", training_block("A method of your own"), {})
+    records = metrics(Path("runs/plain"))
+    for record in records:
+        assert record["loss"] == pytest.approx(0.5 * record["flow"], rel=1e-5) and record["weight/flow"] == 0.5
+    assert records[-1]["step"] == 4
+    for folder in ("runs/plain", "runs/plain/checkpoint-4"):
+        assert SiTPipeline.from_pretrained(folder)(0, num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_page_transformer_of_your_own(run_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(presets, "_TRANSFORMERS", dict(presets._TRANSFORMERS))
+    own: Any = ModuleType("my_models")
+    own.MyTransformer = ToyTransformer
+    monkeypatch.setitem(sys.modules, "my_models", own)
+    block = training_block("A transformer of your own")
+    tiny = block.code.replace("sample_size=32", "sample_size=8").replace("num_classes=1000", "num_classes=3")
+    assert tiny != block.code
+    run("docs/training.md", block._replace(code=tiny), {})
+    assert type(SiTPipeline.from_pretrained("runs/mine").transformer) is ToyTransformer
+    assert presets.find_preset("Toy-S/2")[0] is ToyTransformer
+
+
+def test_every_python_block_of_the_training_page_is_run():
+    headings = ["Presets", "A run from objects", "A method of your own", "A transformer of your own"]
+    assert [block.heading for block in read_blocks("docs/training.md")] == headings
+
+
+def test_page_names_of_other_scripts():
+    text = (ROOT / "docs/training.md").read_text()
+    pairs = re.findall(r"`--(\w+)`\s+with\s+`--([\w.]+)`", text)
+    assert len(pairs) > 5
+    for theirs, ours in pairs:
+        with pytest.raises(ConfigurationError, match=f"there is no option --{theirs}: here it is --{ours}."):
+            load_training_config([f"--{theirs}", "1"])
+
+
+PAGES_WITH_LINKS = [page for page in PAGES if not page.startswith("model_cards/sit")]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_LINKS)
+def test_links_lead_somewhere(page: str):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if target.startswith("https://"):
+            continue
+        file, _, heading = target.partition("#")
+        found = (ROOT / page).parent / file if file else ROOT / page
+        assert found.exists(), target
+        if heading:
+            lines = [line for line in found.read_text().splitlines() if line.startswith("#")]
+            known = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines}
+            assert heading in known, target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_and_files_that_pages_name_exist(page: str):
+    text = (ROOT / page).read_text()
+    for name in set(re.findall(r"\bdiffusers_srepa((?:\.[a-z_0-9]+)+)", text)):
+        path = ROOT / "src/diffusers_srepa" / name.strip(".").replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").exists(), name
+    for name in set(re.findall(r"`((?:src|tests|examples|docs)/[\w./-]+)`", text)):
+        assert (ROOT / name).exists(), name
+    if page == "CONTRIBUTING.md":
+        for name in set(re.findall(r"`([a-z_]+/[\w/]+\.py)`", text)):
+            assert (ROOT / "src/diffusers_srepa" / name).exists() or (ROOT / name).exists(), name
+
+
+def test_the_tree_of_the_contributing_page_is_complete():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    source = ROOT / "src/diffusers_srepa"
+    levels = {
+        name.strip("/").removesuffix(".py"): int(level) for name, level in re.findall(r"^  (\S+) +L(\d) ", text, re.M)
+    }
+    parts = {path.stem for path in source.iterdir() if path.name[0] != "_"}
+    assert set(levels) == parts
+    for part, level in levels.items():
+        assert part in LEVELS[level], part
 
 
 def test_every_test_that_the_reliability_page_names_exists() -> None:
