@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +61,7 @@ def find_image_column(features: Mapping[str, Any], named: str | None = None) -> 
         ConfigurationError: there is no such column, it cannot hold images, or several could be meant.
     """
     if named is not None:
-        _check_exists(features, named, "image_column")
-        if not _may_hold_images(features[named]):
-            raise ConfigurationError(
-                f"the column {named!r} holds {_type_name(features[named])}, not images; the columns are "
-                f"{describe_columns(features)} (option `image_column`)."
-            )
-        return named
+        return _named(features, named, "image_column", _may_hold_images, "not images")
     found = [name for name, feature in features.items() if _holds_images(feature)]
     if not found:
         # Files written without the datasets library keep encoded images as plain bytes.
@@ -83,13 +77,8 @@ def find_label_column(features: Mapping[str, Any], named: str | None = None) -> 
         ConfigurationError: there is no such column, its type holds no labels, or several could be meant.
     """
     if named is not None:
-        _check_exists(features, named, "label_column")
-        if not _may_hold_labels(features[named]):
-            raise ConfigurationError(
-                f"the column {named!r} holds {_type_name(features[named])}, but labels are classes, integers or "
-                f"strings; the columns are {describe_columns(features)} (option `label_column`)."
-            )
-        return named
+        expected = "but labels are classes, integers or strings"
+        return _named(features, named, "label_column", _may_hold_labels, expected)
     found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if found:
         return _choose(found, LABEL_NAMES, features, "labels", "label_column")
@@ -109,14 +98,17 @@ def is_string(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
-def read_labels(dataset: Dataset, column: str) -> Labels:
+def read_labels(dataset: Dataset, column: str | None) -> Labels:
     """The labels of every row, read and checked at once; only that column is read.
 
-    Classes keep their numbers and names, integers mean max + 1 classes, strings are numbered in sorted order.
+    Classes keep their numbers and names, integers mean max + 1 classes, strings are numbered in sorted order. Without
+    a column, all rows are of one class.
 
     Raises:
         DataError: a row has no label (None or -1) or one outside the classes; it is named by its number.
     """
+    if column is None:
+        return Labels(np.zeros(len(dataset), dtype=np.int64), 1, None)
     feature = dataset.features[column]
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     if is_string(feature):
@@ -129,11 +121,6 @@ def read_labels(dataset: Dataset, column: str) -> Labels:
         return Labels(numbers, int(numbers.max()) + 1, None)
     _check_rows(numbers >= len(names), numbers, column, f"is outside the column's {len(names)} classes")
     return Labels(numbers, len(names), names)
-
-
-def no_labels(num_rows: int) -> Labels:
-    """A single class for every row, for datasets without labels."""
-    return Labels(np.zeros(num_rows, dtype=np.int64), 1, None)
 
 
 def read_label(value: Any, num_classes: int | None, column: str) -> int:
@@ -186,11 +173,15 @@ def _check_rows(wrong: np.ndarray, numbers: np.ndarray, column: str, what: str) 
         )
 
 
-def _check_exists(features: Mapping[str, Any], named: str, argument: str) -> None:
+def _named(
+    features: Mapping[str, Any], named: str, argument: str, is_usable: Callable[[Any], bool], expected: str
+) -> str:
+    if named in features and is_usable(features[named]):
+        return named
+    columns = f"columns are {describe_columns(features)} (option `{argument}`)."
     if named not in features:
-        raise ConfigurationError(
-            f"the dataset has no column {named!r}, its columns are {describe_columns(features)} (option `{argument}`)."
-        )
+        raise ConfigurationError(f"the dataset has no column {named!r}, its {columns}")
+    raise ConfigurationError(f"the column {named!r} holds {_type_name(features[named])}, {expected}; the {columns}")
 
 
 def _choose(found: list[str], usual: tuple[str, ...], features: Mapping[str, Any], what: str, argument: str) -> str:
