@@ -41,26 +41,16 @@ class CacheLatentsOptions(Options):
     latents: LatentsConfig = option(default_factory=LatentsConfig, help="The autoencoder.")
 
     def validate(self) -> None:
-        """As for every command, and that there is a dataset.
-
-        Raises:
-            ConfigurationError: naming the option to change.
-        """
+        """As for every command, and that there is a dataset."""
         if not self.data.dataset:
             raise ConfigurationError("no dataset is given: set --data.dataset to a Hub id or a local folder.")
         super().validate()
 
 
 def read_files(files: Sequence[str | Path], variant: str | None, config_class: type) -> dict[str, Any]:
-    """The options of the command that files give, which may be those of a training run.
+    """The options of the command that files give, which may be those of a training run; as [`read_run_files`].
 
-    Args:
-        files (`Sequence[str | Path]`): YAML files, later ones win.
-        variant (`str`, *optional*): which run of the one file that is a sweep.
-        config_class (`type`): the command's own options.
-
-    Raises:
-        ConfigurationError: a file that cannot be read, or a name that is an option neither here nor of a training run.
+    A name is refused that is an option neither of the command, `config_class`, nor of a training run.
     """
     method = read_run_files(files, variant).get("method", DEFAULT_METHOD)
     run_class: type = METHOD_CONFIGS.get(str(method), TrainingConfig)
@@ -92,30 +82,15 @@ def run(argv: Sequence[str], prog: str) -> None:
     from diffusers_srepa.data.latent_cache.write import cache_latents
     from diffusers_srepa.latents.loading import load_latent_space
 
-    state, data, latents = PartialState(), options.data, options.latents
+    state, latents, images = PartialState(), options.latents, dict(vars(options.data))
     with in_options({"name_or_path": "--latents.vae", "subfolder": "--latents.subfolder"}):
-        latent_space = load_latent_space(
-            latents.vae,
-            subfolder=latents.subfolder,
-            revision=latents.revision,
-            dtype=getattr(torch, latents.dtype),
-        )
+        dtype, where = getattr(torch, latents.dtype), {"subfolder": latents.subfolder, "revision": latents.revision}
+        latent_space = load_latent_space(latents.vae, dtype=dtype, **where)
     names = {name: f"--{name}" for name in hints_of(CacheLatentsOptions)}
     names |= {name: f"--data.{name}" for name in hints_of(ImagesConfig)} | {"name_or_path": "--data.dataset"}
     with in_options(names):
         with state.main_process_first():
-            dataset = load_image_dataset(
-                str(data.dataset),
-                name=data.name,
-                split=data.split,
-                revision=data.revision,
-                data_dir=data.data_dir,
-                image_column=data.image_column,
-                label_column=data.label_column,
-                resolution=data.resolution,
-                on_bad_image=data.on_bad_image,
-                cache_dir=data.cache_dir,
-            )
+            dataset = load_image_dataset(images.pop("dataset"), **images)
         assert isinstance(dataset, ImageDataset), "a dataset that is not streamed has rows by number"
         cache_latents(
             dataset,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -62,6 +62,8 @@ class ConvertOptions(Options):
 
 # All others say nothing about an exported state dict.
 _EXPORT_OPTIONS = ("checkpoint", "output_dir", "to", "dtype", "overwrite")
+# All others are arguments of `convert_checkpoint`, or fields of its `choices`.
+_CALLERS_OPTIONS = ("to", "push_to_hub", "hub_model_id", "hub_private")
 _OPTION_NAMES = {name: f"--{name}" for name in options_of(ConvertOptions)} | {
     "source": "--checkpoint",
     "output": "--output_dir",
@@ -91,20 +93,17 @@ def run(argv: Sequence[str], prog: str) -> None:
 def convert(options: ConvertOptions, claim_repository: Callable[[], str] | None = None) -> Conversion:
     """Convert as the options say; pushing is left to the caller.
 
-    Args:
-        options (`ConvertOptions`): the options.
-        claim_repository (`Callable[[], str]`, *optional*): with `push_to_hub`, makes sure that the repository exists
-            and may be written to, and returns its id; called after all other checks.
-
-    Raises:
-        ConfigurationError: input that cannot be converted, in one sentence; nothing has been written then.
+    With `push_to_hub`, `claim_repository` makes sure that the repository may be written to, and returns its id; it is
+    called after all other checks.
     """
     from diffusers_srepa.conversion.convert import convert_checkpoint
     from diffusers_srepa.conversion.export import export_checkpoint
     from diffusers_srepa.conversion.layout import Choices
 
     if options.to == "repa":
-        _refuse_pipeline_options(options)
+        for name, declared, value in walk(options):
+            if name not in _EXPORT_OPTIONS and value != declared.default:
+                raise ConfigurationError(f"--{name} has no meaning with --to repa: leave it out.")
         with in_options(_OPTION_NAMES):
             return export_checkpoint(
                 options.checkpoint, options.output_dir, dtype=options.dtype, overwrite=options.overwrite
@@ -112,31 +111,8 @@ def convert(options: ConvertOptions, claim_repository: Callable[[], str] | None 
     for name in ("hub_model_id", "hub_private"):
         if getattr(options, name) and not options.push_to_hub:
             raise ConfigurationError(f"--{name} needs --push_to_hub: set it too, or leave --{name} out.")
+    values = {name: value for name, value in vars(options).items() if name not in _CALLERS_OPTIONS}
+    choices = Choices(**{field.name: values.pop(field.name) for field in fields(Choices)})
+    claim_repository = claim_repository if options.push_to_hub else None
     with in_options(_OPTION_NAMES):
-        return convert_checkpoint(
-            options.checkpoint,
-            options.output_dir,
-            vae=options.vae,
-            vae_subfolder=options.vae_subfolder,
-            vae_revision=options.vae_revision,
-            weights=options.weights,
-            choices=Choices(
-                format=options.format,
-                path_type=options.path_type,
-                num_attention_heads=options.num_attention_heads,
-                num_classes=options.num_classes,
-                sample_size=options.sample_size,
-            ),
-            scheduler=options.scheduler,
-            dtype=options.dtype,
-            id2label=options.id2label,
-            projector_names=options.projector_names,
-            overwrite=options.overwrite,
-            claim_repository=claim_repository if options.push_to_hub else None,
-        )
-
-
-def _refuse_pipeline_options(options: ConvertOptions) -> None:
-    for name, declared, value in walk(options):
-        if name not in _EXPORT_OPTIONS and value != declared.default:
-            raise ConfigurationError(f"--{name} has no meaning with --to repa: leave it out.")
+        return convert_checkpoint(**values, choices=choices, claim_repository=claim_repository)

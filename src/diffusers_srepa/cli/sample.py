@@ -51,12 +51,8 @@ def run(argv: Sequence[str], prog: str) -> None:
 
     pipeline = load_pipeline(options)
     labels = [label for label in choose_labels(options, pipeline) for _ in range(options.images_per_class)]
-    settings = SamplingSettings(
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+    shared = ("num_inference_steps", "guidance_scale", "seed", "batch_size")
+    settings = SamplingSettings(**{name: getattr(options, name) for name in shared})
     names = {name: f"--{name}" for name in options_of(SampleOptions)}
     with in_options(names | {"settings": "--num_inference_steps or --guidance_scale"}):
         check_sampling(pipeline, labels, settings)
@@ -68,11 +64,7 @@ def run(argv: Sequence[str], prog: str) -> None:
 
 
 def find_stale_files(folder: Path, overwrite: bool) -> list[Path]:
-    """The files of an earlier call in `folder`, which go when new ones are written.
-
-    Raises:
-        ConfigurationError: the folder is a file, or not empty and without an earlier result that may be replaced.
-    """
+    """The files of an earlier call in `folder`, which go when new ones are written; other files are refused."""
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"{folder} is a file: set --output_dir to a folder.")
     if not folder.exists() or not any(folder.iterdir()):
@@ -93,11 +85,7 @@ def find_stale_files(folder: Path, overwrite: bool) -> list[Path]:
 
 
 def load_pipeline(options: SampleOptions) -> Any:
-    """The `SiTPipeline` on its device.
-
-    Raises:
-        ConfigurationError: there is no such device, or no pipeline that can be loaded.
-    """
+    """The `SiTPipeline` on its device."""
     import torch
 
     from diffusers_srepa.pipelines.hub import SiTPipeline

@@ -110,30 +110,19 @@ def load_config(
     validate: bool = True,
     read_files: FileReader = read_run_files,
 ) -> Config:
-    """The options that command-line arguments and the YAML files they name describe.
+    """The options that command-line arguments and the YAML files they name describe, as [`parse_config`] reads them.
 
     Args:
-        argv (`Sequence[str]`): arguments without the command's name.
-        config_class (`type[Options]`): dataclass of the command's options, or several by method.
         validate (`bool`): whether values that cannot work, and what is missing, are refused.
-        read_files (`Callable`): as for [`parse_config`].
 
     Raises:
         ConfigurationError: an unknown key or option, a value of a wrong type, or one that cannot work.
     """
     given = split_arguments(argv)
     chosen = _choose_class(given, config_class)
-    return resolve(merge(read_files(*_files_of(given), chosen), _read_options(given, chosen)), chosen, validate)
-
-
-def resolve(values: Mapping[str, Any], config_class: type[Config], validate: bool = True) -> Config:
-    """A `config_class` from nested plain values; what is not given comes from the preset and the defaults.
-
-    Raises:
-        ConfigurationError: as [`load_config`].
-    """
-    check_names(values, config_class)
-    config = build(config_class, config_class.complete(dict(values)))
+    values = merge(read_files(*_files_of(given), chosen), _read_options(given, chosen))
+    check_names(values, chosen)
+    config = build(chosen, chosen.complete(values))
     if validate:
         config.validate()
     return config
@@ -158,11 +147,7 @@ def format_help(config_class: type, prog: str | None, description: str, can_prin
 
 
 def split_arguments(argv: Sequence[str]) -> Arguments:
-    """The options of a command line in their order, each with the texts that follow it.
-
-    Raises:
-        ConfigurationError: text that follows no option.
-    """
+    """The options of a command line in their order, each with the texts that follow it."""
     given: Arguments = []
     for argument in argv:
         if argument.startswith("--"):

@@ -66,11 +66,7 @@ def read_yaml(path: Path, config_class: type | None, _above: tuple[Path, ...] = 
 
 
 def check_size(values: Any, described: str) -> None:
-    """Refuse values that are nested without end or in which aliases stand for millions of others.
-
-    Raises:
-        ConfigurationError: they are.
-    """
+    """Refuse values that are nested without end or in which aliases stand for millions of others."""
     visited, pending = 0, [(values, 0)]
     while pending:
         value, depth = pending.pop()
@@ -94,13 +90,9 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         if isinstance(below, str) and isinstance(value, Mapping):
             below = {"name": below}
-        if isinstance(below, Mapping) and isinstance(value, Mapping) and _same_kind(below, value):
-            merged[key] = merge(below, value)
-        else:
-            merged[key] = deepcopy(value)
+        merged[key] = deepcopy(value)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            # {name: gram_kl, tau_student: 0.4} over {name: gram_mse} is another thing, not a change of the first.
+            if "name" not in value or value["name"] == below.get("name", value["name"]):
+                merged[key] = merge(below, value)
     return merged
-
-
-def _same_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
-    # {name: gram_kl, tau_student: 0.4} over {name: gram_mse} is another thing, not a change of the first.
-    return "name" not in above or above["name"] == below.get("name", above["name"])

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
+from operator import ge, gt, lt
 from typing import Any, get_type_hints
 
 from diffusers_srepa.errors import ConfigurationError
@@ -43,11 +44,7 @@ class Option:
     formerly: str | None = None
 
     def check(self, value: Any, name: str) -> None:
-        """Refuse a value outside the range or the choices, or not finite; of several values each is checked.
-
-        Raises:
-            ConfigurationError: naming the option as `name`.
-        """
+        """Refuse a value outside the range or the choices, or not finite; of several values each is checked."""
         if isinstance(value, Mapping | list | tuple):
             pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
             for key, entry in pairs:
@@ -57,15 +54,10 @@ class Option:
         elif isinstance(value, int | float):
             if not math.isfinite(value):
                 raise ConfigurationError(f"{name} is {value}, but must be a finite number.")
-            limits = []
-            if self.minimum is not None:
-                limits.append((f"at least {self.minimum}", value >= self.minimum))
-            if self.above is not None:
-                limits.append((f"above {self.above}", value > self.above))
-            if self.below is not None:
-                limits.append((f"below {self.below}", value < self.below))
-            if not all(holds for _, holds in limits):
-                raise ConfigurationError(f"{name} is {value}, but must be {' and '.join(text for text, _ in limits)}.")
+            limits = (("at least", self.minimum, ge), ("above", self.above, gt), ("below", self.below, lt))
+            given = [(f"{word} {limit}", holds(value, limit)) for word, limit, holds in limits if limit is not None]
+            if not all(holds for _, holds in given):
+                raise ConfigurationError(f"{name} is {value}, but must be {' and '.join(text for text, _ in given)}.")
 
 
 def option(
@@ -149,11 +141,7 @@ class Options:
         return values
 
     def validate(self) -> None:
-        """Refuse values out of their range.
-
-        Raises:
-            ConfigurationError: naming the option to change.
-        """
+        """Refuse values out of their range with a `ConfigurationError` that names the option to change."""
         for name, declared, value in walk(self):
             declared.check(value, name)
 

@@ -37,10 +37,6 @@ def read_run_files(
         files (`Sequence[str | Path]`): YAML files, each read over its own `base:`.
         variant (`str`, *optional*): which run of the one file that is a sweep.
         config_class (`type`, *optional*): dataclass whose options the variants hold; without it nobody looks.
-
-    Raises:
-        ConfigurationError: a file that cannot be read, a variant that is missing, unknown or misspelt inside, or
-            more than one sweep.
     """
     merged: dict[str, Any] = {}
     sweep: Path | None = None
@@ -77,7 +73,6 @@ def read_variants(file: str | Path, config_class: type) -> dict[str, dict[str, A
 
 def _choose(values: Mapping[str, Any], variant: str | None, file: Path, config_class: type | None) -> dict[str, Any]:
     variants = _variants(values, file, config_class)
-    own = {key: value for key, value in values.items() if key != SWEEP_KEY}
     names = ", ".join(variants)
     if variant is None:
         raise ConfigurationError(f"{file} is a sweep: choose one of its runs with --variant, which are {names}.")
@@ -85,7 +80,7 @@ def _choose(values: Mapping[str, Any], variant: str | None, file: Path, config_c
         close = difflib.get_close_matches(variant, variants, n=1)
         hint = f", did you mean {close[0]!r}?" if close else ":"
         raise ConfigurationError(f"there is no variant {variant!r} in {file}{hint} the variants are {names}.")
-    return merge(own, variants[variant])
+    return merge({key: value for key, value in values.items() if key != SWEEP_KEY}, variants[variant])
 
 
 def _variants(values: Mapping[str, Any], file: Path, config_class: type | None) -> dict[str, dict[str, Any]]:
@@ -104,12 +99,10 @@ def _variants(values: Mapping[str, Any], file: Path, config_class: type | None) 
             raise ConfigurationError(
                 f"the variant {name!r} in {file} is {options!r}, but must be a mapping of options."
             )
-        variants[name] = dict(options)
-        if config_class is None:
-            continue
-        variants[name] = rename_former(options, config_class)
+        variants[name] = dict(options) if config_class is None else rename_former(options, config_class)
         try:
-            check_names(variants[name], config_class)
+            if config_class is not None:
+                check_names(variants[name], config_class)
         except ConfigurationError as error:
             raise ConfigurationError(f"in the variant {name!r} of {file}, {error}") from None
     return variants

@@ -73,11 +73,7 @@ class RunConfig(Options):
     tracking: TrackingConfig = option(default_factory=TrackingConfig, help="The trackers.", resume=True)
 
     def validate(self) -> None:
-        """Refuse values that cannot work, whatever the data and the models are.
-
-        Raises:
-            ConfigurationError: naming the option to change.
-        """
+        """Refuse values that cannot work, whatever the data and the models are."""
         if not self.output_dir:
             raise ConfigurationError("no output folder is given: set --output_dir.")
         if not self.data.dataset:
@@ -120,11 +116,7 @@ class TrainingConfig(RunConfig):
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """`values` over the alignment preset that they name, or over the default one.
-
-        Raises:
-            ConfigurationError: there is no such preset.
-        """
+        """`values` over the alignment preset that they name, or over the default one."""
         alignment = values.get("alignment", {})
         if not isinstance(alignment, Mapping):
             return values
@@ -134,11 +126,7 @@ class TrainingConfig(RunConfig):
         return {**values, "alignment": merge(preset, alignment)}
 
     def validate(self) -> None:
-        """As for every run, and the alignment.
-
-        Raises:
-            ConfigurationError: naming the option to change.
-        """
+        """As for every run, and the alignment."""
         super().validate()
         if self.alignment.depth is not None and self.alignment.tap is not None:
             raise ConfigurationError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -32,23 +32,14 @@ def build(config_class: type[T], values: Mapping[str, Any]) -> T:
     return built
 
 
-def check_names(values: Mapping[str, Any], config_class: type) -> None:
-    """Refuse names that are no option of `config_class`.
-
-    Raises:
-        ConfigurationError: naming the option that may be meant.
-    """
-    for name in _unknown(values, config_class, ""):
-        raise unknown_option(name, config_class)
-
-
-def _unknown(values: Mapping[Any, Any], hint: Any, prefix: str) -> Iterator[str]:
+def check_names(values: Mapping[Any, Any], config_class: type, prefix: str = "") -> None:
+    """Refuse names that are no option of `config_class`; `prefix` is the section that holds `values`, with its dot."""
     for key, value in values.items():
-        inner = find_hint(hint, str(key))
-        if inner is None:
-            yield f"{prefix}{key}"
-        elif isinstance(value, Mapping):
-            yield from _unknown(value, inner, f"{prefix}{key}.")
+        name = f"{prefix}{key}"
+        if find_hint(config_class, name) is None:
+            raise unknown_option(name, config_class)
+        if isinstance(value, Mapping):
+            check_names(value, config_class, f"{name}.")
 
 
 def unknown_option(name: str, config_class: type, dashes: str = "") -> ConfigurationError:
@@ -90,11 +81,7 @@ def find_hint(hint: Any, name: str) -> Any:
 
 
 def parse_text(texts: Sequence[str], hint: Any, name: str) -> Any:
-    """The plain value that the texts after an option on a command line stand for.
-
-    Raises:
-        ConfigurationError: no value, or several for an option that takes one.
-    """
+    """The plain value that the texts after an option on a command line stand for."""
     members = _members(hint)
     entries = next((get_args(member)[0] for member in members if get_origin(member) in (list, tuple)), None)
     if not texts and bool in members:
@@ -115,11 +102,7 @@ def parse_text(texts: Sequence[str], hint: Any, name: str) -> Any:
 
 
 def parse_scalar(text: str, name: str) -> Any:
-    """A value as a YAML file would give it, `1e-3` being a number here too.
-
-    Raises:
-        ConfigurationError: it is nested without end.
-    """
+    """A value as a YAML file would give it, `1e-3` being a number here too."""
     try:
         value = yaml.safe_load(text)
         value = float(value) if isinstance(value, str) else value

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.errors import ConfigurationError, one_line
 
 
 # ILSVRC 2012: WordNet synset and its lemmas, in the order of the synsets, which is that of the labels. The names are
 # WordNet's, as timm (timm/data/_info) tabulates them.
 _FILE = Path(__file__).with_name("imagenet_classes.txt")
-NUM_IMAGENET_CLASSES = 1000
 
 
 def imagenet_classes() -> dict[str, str]:
@@ -32,7 +31,7 @@ def find_class_names(source: str | None, num_classes: int) -> dict[str, str] | N
         ConfigurationError: a file that cannot be read, or names of another number of classes.
     """
     if source is None:
-        return imagenet_classes() if num_classes == NUM_IMAGENET_CLASSES else None
+        return imagenet_classes() if num_classes == 1000 else None
     if source == "none":
         return None
     names = imagenet_classes() if source == "imagenet" else _read(Path(source))
@@ -47,9 +46,8 @@ def _read(file: Path) -> dict[str, str]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise ConfigurationError(
-            f"`id2label` {file} cannot be read ({reason}): give imagenet, none or a JSON file."
+            f"`id2label` {file} cannot be read ({one_line(error)}): give imagenet, none or a JSON file."
         ) from None
     if isinstance(content, list):
         content = {str(number): name for number, name in enumerate(content)}

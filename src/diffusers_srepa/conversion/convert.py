@@ -14,7 +14,7 @@ from torch import nn
 
 from diffusers_srepa.alignment.projectors import save_projector
 from diffusers_srepa.conversion.class_names import find_class_names
-from diffusers_srepa.conversion.layout import DESCRIPTIONS, Choices, Layout, read_layout
+from diffusers_srepa.conversion.layout import FORMATS, Choices, Layout, read_layout
 from diffusers_srepa.conversion.projectors import build_projector, name_projectors
 from diffusers_srepa.conversion.read import Weights, check_finite, read_checkpoint, select_weights
 from diffusers_srepa.conversion.weights import to_diffusers, to_repa_convention
@@ -94,7 +94,12 @@ def convert_checkpoint(
         ConfigurationError: anything that cannot be converted, in one sentence; nothing has been written then.
     """
     target = Path(output_dir)
-    vae, precision = _require_vae(vae), find_dtype(dtype)
+    if vae is None:
+        raise ConfigurationError(
+            "no autoencoder was given: set `vae`, for example to stabilityai/sd-vae-ft-ema, or to pixels for a model "
+            "of pixels."
+        )
+    precision = find_dtype(dtype)
     _check_target(target, overwrite, [checkpoint, vae, *([id2label] if id2label else [])])
     selected = select_weights(read_checkpoint(checkpoint), weights)
     layout = read_layout(selected, choices or Choices())
@@ -103,12 +108,13 @@ def convert_checkpoint(
     sampler = build_scheduler(scheduler, layout.path_type)
     autoencoder = _load_vae(vae, vae_subfolder, vae_revision, layout.config["in_channels"])
     transformer, projectors = _convert(selected, layout, names, precision)
+    is_guided_in_part = layout.format == "sit" and layout.config["in_channels"] > GUIDANCE_CHANNELS
     pipeline = SiTPipeline(
         transformer=transformer,
         vae=autoencoder,
         scheduler=sampler,
         id2label=labels,
-        guidance_channels=_guidance_channels(layout),
+        guidance_channels=GUIDANCE_CHANNELS if is_guided_in_part else None,
     )
     repository = claim_repository() if claim_repository is not None else None
     facts = _facts(selected, layout, pipeline, list(projectors), repository)
@@ -147,11 +153,6 @@ def _check_target(target: Path, overwrite: bool, sources: Sequence[str | Path]) 
             f"the folder {target} holds no pipeline ({PIPELINE_FILE}), and `overwrite` replaces nothing else: choose "
             "another `output_dir`."
         )
-
-
-def _guidance_channels(layout: Layout) -> int | None:
-    """Of a SiT with more than three channels, the three that its own sampler guides."""
-    return GUIDANCE_CHANNELS if layout.format == "sit" and layout.config["in_channels"] > GUIDANCE_CHANNELS else None
 
 
 def _facts(
@@ -197,15 +198,6 @@ def _convert(
     return transformer.eval(), projectors
 
 
-def _require_vae(name: str | Path | None) -> str | Path:
-    if name is None:
-        raise ConfigurationError(
-            "no autoencoder was given: set `vae`, for example to stabilityai/sd-vae-ft-ema, or to pixels for a model "
-            "of pixels."
-        )
-    return name
-
-
 def _load_vae(name: str | Path, subfolder: str | None, revision: str | None, channels: int) -> Any:
     """The autoencoder in float32, or None for pixels."""
     where = {} if str(name) == "pixels" else {"subfolder": subfolder, "revision": revision}
@@ -225,11 +217,7 @@ def _load_vae(name: str | Path, subfolder: str | None, revision: str | None, cha
 
 
 def find_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype called `name`, None for None.
-
-    Raises:
-        ConfigurationError: there is no such dtype, or none for weights.
-    """
+    """The dtype called `name`, None for None."""
     if name is not None and name not in DTYPES:
         raise ConfigurationError(f"`dtype` is {name!r}, but must be one of {', '.join(DTYPES)}.")
     return None if name is None else getattr(torch, name)
@@ -237,11 +225,7 @@ def find_dtype(name: str | None) -> torch.dtype | None:
 
 @contextmanager
 def written_or_refused(target: Path) -> Iterator[None]:
-    """Around writing `target`: a disk that fails is a refusal in one sentence.
-
-    Raises:
-        ConfigurationError: the files cannot be written.
-    """
+    """Around writing `target`: a disk that fails is a refusal in one sentence."""
     try:
         yield
     # torch.save reports a full disk as a RuntimeError.
@@ -255,7 +239,7 @@ def _summary(facts: ConvertedCardFacts, layout: Layout) -> str:
     config = layout.config
     blocks, projectors = config["num_layers"], len(facts.projectors)
     return (
-        f"{DESCRIPTIONS[layout.format]} checkpoint"
+        f"{FORMATS[layout.format]} checkpoint"
         + (f", {facts.source} weights" if facts.source else "")
         + (f" after {facts.steps} steps" if facts.steps is not None else "")
         + f": {blocks} block{'s' * (blocks != 1)} of width {layout.dim}, {config['num_attention_heads']} heads, patch "

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from diffusers_srepa.alignment.projectors import CONFIG_FILE, saved_class_name
-from diffusers_srepa.alignment.registry import PROJECTORS
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.conversion.convert import Conversion, find_dtype, written_or_refused
-from diffusers_srepa.conversion.projectors import to_official_names
+from diffusers_srepa.conversion.projectors import PROJECTOR_CLASSES, to_official_names
 from diffusers_srepa.conversion.weights import to_official
 from diffusers_srepa.errors import ConfigurationError, one_line
 from diffusers_srepa.files import written_file
@@ -20,7 +19,6 @@ from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2D
 
 
 FILE_NAME = "checkpoint.pt"
-_PROJECTOR_CLASSES = {cls.__name__: cls for cls in PROJECTORS.values()}
 
 
 def export_checkpoint(
@@ -45,7 +43,10 @@ def export_checkpoint(
     """
     precision = find_dtype(dtype)
     file = Path(output) if Path(output).suffix == ".pt" else Path(output) / FILE_NAME
-    _check_target(file, overwrite)
+    if file.is_dir() or (file.parent.exists() and not file.parent.is_dir()):
+        raise ConfigurationError(f"{file} cannot be a file there: choose another `output`.")
+    if file.exists() and not overwrite:
+        raise ConfigurationError(f"the file {file} exists: choose another `output`, or replace it by `overwrite`.")
     folder = find_folder(source)
     if folder.resolve() in file.resolve().parents:
         raise ConfigurationError(f"{file} would lie in the pipeline's own folder: choose another `output`.")
@@ -59,13 +60,6 @@ def export_checkpoint(
     kind = "REG" if transformer.config.class_token_dim is not None else "REPA"
     found = ", ".join(f"projectors.{number} is {name!r}" for number, name in enumerate(names)) or "no projectors"
     return Conversion(file, f"{kind} state dict of {len(ema)} tensors, {found}", _notes(transformer, bool(names)))
-
-
-def _check_target(file: Path, overwrite: bool) -> None:
-    if file.is_dir() or (file.parent.exists() and not file.parent.is_dir()):
-        raise ConfigurationError(f"{file} cannot be a file there: choose another `output`.")
-    if file.exists() and not overwrite:
-        raise ConfigurationError(f"the file {file} exists: choose another `output`, or replace it by `overwrite`.")
 
 
 def _transformer(folder: Path) -> SiTTransformer2DModel:
@@ -87,12 +81,12 @@ def _official_state(
     for number, name in enumerate(names):
         path = folder / "projectors" / name
         class_name = saved_class_name(path)
-        if class_name not in _PROJECTOR_CLASSES:
+        if class_name not in PROJECTOR_CLASSES:
             raise ConfigurationError(
                 f"the projector {path} is {class_name or 'of an unknown class'}, which REPA and iREPA do not have: "
                 "move its folder away."
             )
-        projector = _empty(_PROJECTOR_CLASSES[class_name], path)
+        projector = _empty(PROJECTOR_CLASSES[class_name], path)
         state |= to_official_names(number, _filled(projector, folder, f"projectors/{name}", dtype, raw))
     return state
 

@@ -16,11 +16,13 @@ from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS
 
 
-FORMATS = ("sit", "repa", "irepa", "reg")
-DESCRIPTIONS = {"sit": "SiT", "repa": "REPA", "irepa": "iREPA", "reg": "REG"}
+FORMATS = {"sit": "SiT", "repa": "REPA", "irepa": "iREPA", "reg": "REG"}
 PATH_TYPES = ("linear", "cosine")
 
-_HEADS = {size["num_attention_heads"] * size["attention_head_dim"]: size for size in SIT_PRESETS.values()}
+_HEADS = {
+    size["num_attention_heads"] * size["attention_head_dim"]: size["num_attention_heads"]
+    for size in SIT_PRESETS.values()
+}
 _PATCH_WEIGHT = "x_embedder.proj.weight"
 _TABLE = "y_embedder.embedding_table.weight"
 _CLASS_TOKEN_WEIGHT = "cls_projectors2.weight"
@@ -84,10 +86,6 @@ class Layout:
 def read_layout(weights: Weights, choices: Choices) -> Layout:
     """Recognise a checkpoint; afterwards `weights.state` holds the backbone alone, without legacy names.
 
-    Args:
-        weights (`Weights`): the selected weights; their projectors are taken out.
-        choices (`Choices`): what the user says.
-
     Raises:
         ConfigurationError: names or shapes that are none of the four formats, or a question that the tensors cannot
             answer; the message names the option that does.
@@ -100,13 +98,8 @@ def read_layout(weights: Weights, choices: Choices) -> Layout:
     names.check_shapes(state, names.expected_shapes(**sizes))
     class_token_dim, patch_size = sizes["class_token_dim"], sizes["patch_size"]
     final_channels = sizes["final_rows"] // patch_size**2
-    evidence = _Evidence(
-        class_token=class_token_dim is not None,
-        sigma=final_channels != sizes["in_channels"],
-        projectors=bool(projectors),
-        irepa=has_irepa_names(projectors),
-        legacy=legacy_depth is not None,
-    )
+    has_sigma = final_channels != sizes["in_channels"]
+    formats = _possible_formats(class_token_dim is not None, has_sigma, projectors, legacy_depth is not None)
     num_classes, dropout = _classes(sizes["table_rows"], facts, choices.num_classes)
     num_tokens = sizes["num_positions"] - (class_token_dim is not None)
     config = {
@@ -122,7 +115,7 @@ def read_layout(weights: Weights, choices: Choices) -> Layout:
         "class_token_dim": class_token_dim,
     }
     return Layout(
-        format=_format(evidence, facts, choices.format),
+        format=_format(formats, facts, choices.format),
         config=config,
         final_channels=final_channels,
         path_type=_path_type(facts, choices.path_type),
@@ -134,7 +127,13 @@ def read_layout(weights: Weights, choices: Choices) -> Layout:
 def _read_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The arguments of `expected_shapes`, each from one tensor."""
     _check_needed(state)
-    dim, in_channels, patch_size = _check_patch_weight(state[_PATCH_WEIGHT])
+    patch_shape = tuple(state[_PATCH_WEIGHT].shape)
+    if len(patch_shape) != 4 or patch_shape[2] != patch_shape[3]:
+        raise ConfigurationError(
+            f"the tensor {_PATCH_WEIGHT} has shape {patch_shape}, but must be (D, C, p, p): the checkpoint is none of "
+            "SiT, REPA, iREPA and REG."
+        )
+    dim, in_channels, patch_size, _ = patch_shape
     final_weight = f"{names.FINAL_LAYER}.weight"
     for name, ndim in ((final_weight, 2), (names.POSITIONS, 3), (_TABLE, 2), (_MLP_WEIGHT, 2)):
         if state[name].ndim != ndim:
@@ -142,7 +141,12 @@ def _read_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
                 f"the tensor {name} has shape {tuple(state[name].shape)}, but must have {ndim} dimensions."
             )
     final_rows = state[final_weight].shape[0]
-    _check_final_rows(final_rows, patch_size, in_channels)
+    rows = patch_size * patch_size * in_channels
+    if final_rows not in (rows, 2 * rows):
+        raise ConfigurationError(
+            f"the tensor {final_weight} has {final_rows} rows, but for patches of {patch_size} x {patch_size} and "
+            f"{in_channels} channels it must have {rows}, or {2 * rows} with a sigma."
+        )
     return {
         "dim": dim,
         "num_layers": names.count_blocks(state),
@@ -157,36 +161,27 @@ def _read_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Evidence:
-    """What tells the formats apart."""
-
-    class_token: bool
-    sigma: bool
-    projectors: bool
-    irepa: bool
-    legacy: bool
-
-    def possible(self) -> dict[str, str]:
-        """The formats that the tensors allow, by the reason that excludes the others."""
-        if self.class_token:
-            return {"reg": "it has a class token (cls_projectors2)"}
-        if self.sigma:
-            return {"sit": "its final layer also predicts a sigma"}
-        if self.irepa:
-            return {"irepa": "its projectors have iREPA's names"}
-        if self.projectors:
-            # Older iREPA runs have REPA's names; both are converted alike.
-            return dict.fromkeys(("repa", "irepa"), "it has projectors")
-        if self.legacy:
-            return {"repa": "it has decoder_blocks"}
-        return dict.fromkeys(("sit", "repa", "irepa"), "it has neither projectors nor a class token")
+def _possible_formats(
+    has_class_token: bool, has_sigma: bool, projectors: Mapping[int, Mapping[str, torch.Tensor]], is_legacy: bool
+) -> dict[str, str]:
+    """The formats that the tensors allow, each with the reason that excludes the others."""
+    if has_class_token:
+        return {"reg": "it has a class token (cls_projectors2)"}
+    if has_sigma:
+        return {"sit": "its final layer also predicts a sigma"}
+    if has_irepa_names(projectors):
+        return {"irepa": "its projectors have iREPA's names"}
+    if projectors:
+        # Older iREPA runs have REPA's names; both are converted alike.
+        return dict.fromkeys(("repa", "irepa"), "it has projectors")
+    if is_legacy:
+        return {"repa": "it has decoder_blocks"}
+    return dict.fromkeys(("sit", "repa", "irepa"), "it has neither projectors nor a class token")
 
 
-def _format(evidence: _Evidence, facts: RunFacts, chosen: str | None) -> str:
+def _format(possible: Mapping[str, str], facts: RunFacts, chosen: str | None) -> str:
     if chosen not in (None, *FORMATS):
         raise ConfigurationError(f"`format` is {chosen!r}, but must be one of {', '.join(FORMATS)}.")
-    possible = evidence.possible()
     if chosen is not None:
         if chosen not in possible:
             raise ConfigurationError(
@@ -234,26 +229,6 @@ def _check_needed(state: Mapping[str, torch.Tensor]) -> None:
         f"the checkpoint lacks {name_some(missing)}, its names are {name_some(state)}: it is none of SiT, REPA, iREPA "
         "and REG, or not complete."
     )
-
-
-def _check_patch_weight(weight: torch.Tensor) -> tuple[int, int, int]:
-    """Width, channels and patch size."""
-    if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
-        raise ConfigurationError(
-            f"the tensor {_PATCH_WEIGHT} has shape {tuple(weight.shape)}, but must be (D, C, p, p): the checkpoint is "
-            "none of SiT, REPA, iREPA and REG."
-        )
-    dim, channels, patch_size, _ = weight.shape
-    return dim, channels, patch_size
-
-
-def _check_final_rows(rows: int, patch_size: int, channels: int) -> None:
-    area = patch_size * patch_size
-    if rows not in (area * channels, 2 * area * channels):
-        raise ConfigurationError(
-            f"the tensor {names.FINAL_LAYER}.weight has {rows} rows, but for patches of {patch_size} x {patch_size} "
-            f"and {channels} channels it must have {area * channels}, or {2 * area * channels} with a sigma."
-        )
 
 
 def _class_token_dim(state: Mapping[str, torch.Tensor]) -> int | None:
@@ -311,11 +286,7 @@ def _heads(dim: int, head_dim: int | None, chosen: int | None) -> dict[str, int]
     if chosen is not None and (chosen < 1 or dim % chosen or (head_dim is not None and chosen * head_dim != dim)):
         must = f"must be {dim // head_dim}" if head_dim else f"must divide the width {dim}"
         raise ConfigurationError(f"`num_attention_heads` is {chosen}, but {must}.")
-    heads = chosen
-    if heads is None and head_dim:
-        heads = dim // head_dim
-    if heads is None and dim in _HEADS:
-        heads = _HEADS[dim]["num_attention_heads"]
+    heads = chosen if chosen is not None else dim // head_dim if head_dim else _HEADS.get(dim)
     if heads is None or heads < 1 or heads * (dim // heads) != dim:
         raise ConfigurationError(
             f"the checkpoint's width {dim} is none of {', '.join(map(str, sorted(_HEADS)))} (S, B, L, XL), and the "
@@ -328,12 +299,8 @@ def _sample_size(num_tokens: int, patch_size: int, chosen: tuple[int, int] | Non
     """Height and width of the latents; a square where nothing else is said."""
     if chosen is not None:
         height, width = chosen
-        if (
-            min(height, width) < 1
-            or height % patch_size
-            or width % patch_size
-            or height * width != num_tokens * patch_size**2
-        ):
+        is_divided = min(height, width) > 0 and height % patch_size == width % patch_size == 0
+        if not is_divided or height * width != num_tokens * patch_size**2:
             raise ConfigurationError(
                 f"`sample_size` is {height} x {width}, but the checkpoint has {num_tokens} positions of "
                 f"{patch_size} x {patch_size} latent pixels."

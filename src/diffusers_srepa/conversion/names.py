@@ -120,11 +120,7 @@ def expected_shapes(
 
 
 def check_shapes(state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare a backbone with what it should be.
-
-    Raises:
-        ConfigurationError: names that are missing or unknown, or shapes that do not fit together; they are named.
-    """
+    """Refuse a backbone whose names are missing or unknown, or whose shapes do not fit together; they are named."""
     missing = set(shapes) - set(state)
     unknown = set(state) - set(shapes)
     if missing or unknown:

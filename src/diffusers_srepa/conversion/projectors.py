@@ -16,21 +16,20 @@ from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector,
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.conversion.read import name_some
 from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.files import check_name
 
 
 PREFIX = "projectors."
 _WRAPPER = "projection_layer."
 _NAME = re.compile(r"projectors\.(\d+)\.(.+)")
-_MLP_LAYERS = ("0", "2", "4")
-_PROJECTOR_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_MLP_NAMES = {f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
+# What our names begin with, and the official ones behind the number.
+_PREFIXES = {MLPProjector: ("layers.", ""), LinearProjector: ("linear.", _WRAPPER), ConvProjector: ("conv.", _WRAPPER)}
+PROJECTOR_CLASSES = {projector_class.__name__: projector_class for projector_class in _PREFIXES}
 
 
 def split_projectors(state: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
-    """Take the projectors out of a state dict, in place: by number, under the names inside one projector.
-
-    Raises:
-        ConfigurationError: a name without a number, or numbers with a gap.
-    """
+    """Take the projectors out of a state dict, in place: by number, under the names inside one projector."""
     found: dict[int, dict[str, torch.Tensor]] = {}
     for name in [name for name in state if name.startswith(PREFIX)]:
         match = _NAME.fullmatch(name)
@@ -48,11 +47,7 @@ def has_irepa_names(projectors: Mapping[int, Mapping[str, torch.Tensor]]) -> boo
 
 
 def name_projectors(count: int, names: Sequence[str] | None) -> list[str]:
-    """Folder names for `count` projectors: the given ones, else "default", "projector_1", "projector_2" and so on.
-
-    Raises:
-        ConfigurationError: too many or too few names, or names that cannot be those of folders and modules.
-    """
+    """Folder names for `count` projectors: the given ones, else "default", "projector_1", "projector_2" and so on."""
     if names is None:
         return [DEFAULT if number == 0 else f"projector_{number}" for number in range(count)]
     if len(names) != count or len(set(names)) != count:
@@ -61,34 +56,23 @@ def name_projectors(count: int, names: Sequence[str] | None) -> list[str]:
             "of its own."
         )
     for name in names:
-        if not _PROJECTOR_NAME.fullmatch(name):
-            raise ConfigurationError(
-                f"`projector_names` has {name!r}, but a name may have letters, digits, '-' and '_' only."
-            )
+        check_name("a name in `projector_names`", name)
     return list(names)
 
 
 def build_projector(
     number: int, state: Mapping[str, torch.Tensor], dim: int, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """A projector with the weights of `state`.
+    """The `number`-th projector, for tokens of width `dim`, with the weights of `state`.
 
-    Args:
-        number (`int`): its number, for messages.
-        state (`Mapping[str, torch.Tensor]`): its weights under the names inside the projector.
-        dim (`int`): width of the student's tokens.
-        dtype (`torch.dtype`, *optional*): precision, by default that of each tensor.
-
-    Raises:
-        ConfigurationError: names or shapes that no projector has.
+    `state` has the names inside the projector; `dtype` is the precision, by default that of each tensor.
     """
     plain = {name.removeprefix(_WRAPPER): value if dtype is None else value.to(dtype) for name, value in state.items()}
     where = f"the projector {PREFIX}{number}"
     if set(plain) == {"weight", "bias"}:
         return _single_layer(where, plain, dim)
-    expected = {f"{layer}.{kind}" for layer in _MLP_LAYERS for kind in ("weight", "bias")}
-    if set(plain) != expected:
-        missing, unknown = expected - set(plain), set(plain) - expected
+    if set(plain) != _MLP_NAMES:
+        missing, unknown = _MLP_NAMES - set(plain), set(plain) - _MLP_NAMES
         what = f"lacks {name_some(missing)}" if missing else f"has the unknown {name_some(unknown)}"
         raise ConfigurationError(f"{where} {what}: it is none of REPA's and iREPA's projectors.")
     first, last = plain["0.weight"], plain["4.weight"]
@@ -96,7 +80,7 @@ def build_projector(
         raise ConfigurationError(f"{where} has weights of shape {tuple(first.shape)}, which no linear layer has.")
     with torch.device("meta"):
         projector = MLPProjector(first.shape[1], last.shape[0], hidden_dim=first.shape[0])
-    return _fill(where, projector, {f"layers.{name}": value for name, value in plain.items()}, dim)
+    return _fill(where, projector, plain, dim)
 
 
 def _single_layer(where: str, plain: Mapping[str, torch.Tensor], dim: int) -> nn.Module:
@@ -112,39 +96,28 @@ def _single_layer(where: str, plain: Mapping[str, torch.Tensor], dim: int) -> nn
             projector: nn.Module = ConvProjector(weight.shape[1], weight.shape[0], kernel_size=weight.shape[2])
         else:
             projector = LinearProjector(weight.shape[1], weight.shape[0])
-    prefix = "conv" if is_conv else "linear"
-    return _fill(where, projector, {f"{prefix}.{name}": value for name, value in plain.items()}, dim)
+    return _fill(where, projector, plain, dim)
 
 
-def _fill(where: str, projector: nn.Module, state: Mapping[str, torch.Tensor], dim: int) -> nn.Module:
-    for name, value in projector.state_dict().items():
-        if value.shape != state[name].shape:
+def _fill(where: str, projector: nn.Module, plain: Mapping[str, torch.Tensor], dim: int) -> nn.Module:
+    prefix = _PREFIXES[type(projector)][0]
+    for name, value in plain.items():
+        expected = projector.state_dict()[prefix + name].shape
+        if value.shape != expected:
             raise ConfigurationError(
-                f"{where} has {name.split('.', 1)[1]} of shape {tuple(state[name].shape)}, but its other layers "
-                f"require {tuple(value.shape)}."
+                f"{where} has {name} of shape {tuple(value.shape)}, but its other layers require {tuple(expected)}."
             )
     in_dim = projector.config["in_dim"]  # type: ignore[index]
     if in_dim != dim:
         raise ConfigurationError(f"{where} takes tokens of width {in_dim}, but the transformer's have {dim}.")
     # Cloned, because safetensors refuses tensors that share memory.
-    copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    copies = {prefix + name: value.clone(memory_format=torch.contiguous_format) for name, value in plain.items()}
     projector.load_state_dict(copies, assign=True)
     return projector
 
 
 def to_official_names(number: int, projector: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a projector under REPA's names, or iREPA's for a linear or convolutional one.
-
-    Raises:
-        ConfigurationError: a projector of another class.
-    """
-    prefix = f"{PREFIX}{number}."
-    if isinstance(projector, MLPProjector):
-        old, new = "layers.", prefix
-    elif isinstance(projector, LinearProjector | ConvProjector):
-        old, new = ("linear." if isinstance(projector, LinearProjector) else "conv."), prefix + _WRAPPER
-    else:
-        raise ConfigurationError(
-            f"a projector is a {type(projector).__name__}, which REPA and iREPA do not have: move its folder away."
-        )
-    return {new + name.removeprefix(old): value for name, value in projector.state_dict().items()}
+    """The weights of a projector under REPA's names, or iREPA's for a linear or convolutional one."""
+    old, new = _PREFIXES[type(projector)]
+    state = projector.state_dict()
+    return {f"{PREFIX}{number}.{new}{name.removeprefix(old)}": value for name, value in state.items()}

@@ -176,11 +176,7 @@ def select_weights(checkpoint: Any, weights: str | None = None) -> Weights:
 
 
 def strip_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """A new dict whose names lack every part `module` and `_orig_mod`.
-
-    Raises:
-        ConfigurationError: a name is no string, or two names become the same one.
-    """
+    """A new dict whose names lack every part `module` and `_orig_mod`."""
     stripped: dict[str, Any] = {}
     for name, value in state.items():
         if not isinstance(name, str):
@@ -224,15 +220,7 @@ def _check_state(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 def check_finite(
     state: Mapping[str, torch.Tensor], remedy: str = "use another checkpoint of the run, or `weights`"
 ) -> None:
-    """Refuse weights that are not finite, as a diverged run leaves them.
-
-    Args:
-        state (`Mapping[str, torch.Tensor]`): the weights by name.
-        remedy (`str`): end of the message.
-
-    Raises:
-        ConfigurationError: some are not; the tensor is named.
-    """
+    """Refuse weights that are not finite, as a diverged run leaves them; `remedy` ends the sentence."""
     for name, value in state.items():
         if not bool(torch.isfinite(value).all()):
             raise ConfigurationError(f"the tensor {name} has values that are not finite: {remedy}.")
@@ -275,13 +263,10 @@ def read_arguments(arguments: Mapping[str, Any]) -> RunFacts:
     Raises:
         ConfigurationError: a model that is no velocity model of the linear or cosine (GVP) path.
     """
-    prediction = arguments.get("prediction")
-    path = arguments.get("path_type")
-    _check_prediction(prediction)
-    original = _original(arguments)
+    _check_prediction(arguments.get("prediction"))
     return RunFacts(
-        original=original,
-        path_type=_path_type(path),
+        original=_original(arguments),
+        path_type=_path_type(arguments.get("path_type")),
         num_classes=_positive_int(arguments.get("num_classes")),
         class_dropout_prob=_probability(arguments.get("cfg_prob")),
         encoder_depth=_positive_int(arguments.get("encoder_depth")),
@@ -293,9 +278,7 @@ def _original(arguments: Mapping[str, Any]) -> str | None:
     path, prediction = str(arguments.get("path_type")), str(arguments.get("prediction"))
     is_sit = bool(_SIT_OPTIONS & set(arguments)) or path in ("Linear", "GVP", "VP") or prediction in _SIT_PREDICTIONS
     is_repa = bool(_REPA_OPTIONS & set(arguments))
-    if is_sit == is_repa:
-        return None
-    return "sit" if is_sit else "repa"
+    return None if is_sit == is_repa else "sit" if is_sit else "repa"
 
 
 def _check_prediction(prediction: Any) -> None:

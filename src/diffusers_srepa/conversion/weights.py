@@ -41,13 +41,10 @@ from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 def to_diffusers(
     state: dict[str, torch.Tensor], has_class_token: bool, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """Names of `SiTTransformer2DModel` for a backbone under official names.
+    """Names of `SiTTransformer2DModel` for a complete backbone under official names, without projectors.
 
-    Args:
-        state (`dict[str, torch.Tensor]`): a complete backbone without projectors; it is emptied tensor by tensor, so
-            that a large model is never in memory twice.
-        has_class_token (`bool`): whether its table of positions has a row for REG's class token.
-        dtype (`torch.dtype`, *optional*): precision of the result, by default that of each tensor.
+    `state` is emptied tensor by tensor, so that a large model is never in memory twice. With `has_class_token` its
+    table of positions has a row for REG's class token; `dtype` is by default that of each tensor.
     """
     converted: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
@@ -99,12 +96,9 @@ def _move(state: dict[str, torch.Tensor], target: dict[str, torch.Tensor], old: 
 
 
 def to_repa_convention(state: dict[str, torch.Tensor], channels: int, final_channels: int) -> None:
-    """Change the three weights of a SiT state dict, under official names and in place.
+    """Change the three weights of a SiT state dict, under official names; the tensors themselves are left as they are.
 
-    Args:
-        state (`dict[str, torch.Tensor]`): a SiT state dict; the tensors themselves are left as they are.
-        channels (`int`): channels of the latents.
-        final_channels (`int`): channels of the final layer, `2 * channels` if it predicts a sigma too.
+    `channels` are those of the latents, `final_channels` those of the final layer: twice as many with a sigma.
     """
     state[TIME_WEIGHT] = reflect_time(state[TIME_WEIGHT])
     for kind in ("weight", "bias"):

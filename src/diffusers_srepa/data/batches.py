@@ -52,41 +52,27 @@ def training_batches(
     """
     options: dict[str, Any] = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": pin_memory}
     options |= {"worker_init_fn": worker_init_fn}
+    place: dict[str, int] = {
+        "global_batch_size": global_batch_size,
+        "micro_batch_size": micro_batch_size,
+        "process_index": process_index,
+        "num_processes": num_processes,
+        "start_step": start_step,
+        "num_steps": num_steps - start_step,
+    }
     if isinstance(dataset, IterableDataset):
         stream: Any = dataset
-        stream.set_position(
-            start_step=start_step,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            process_index=process_index,
-            num_processes=num_processes,
-            num_steps=num_steps - start_step,
-        )
+        stream.set_position(**place)
         options |= {"batch_size": micro_batch_size, "num_workers": min(num_workers, 1)}
         return read_batches(DataLoader(stream, **options))
-    sampler = GlobalBatchSampler(
-        len(dataset),
-        global_batch_size,
-        micro_batch_size,
-        seed,
-        process_index=process_index,
-        num_processes=num_processes,
-        start_step=start_step,
-        num_steps=num_steps - start_step,
-    )
+    sampler = GlobalBatchSampler(len(dataset), seed=seed, **place)
     return read_batches(DataLoader(dataset, batch_sampler=sampler, **options))
 
 
 def check_same_stream(dataset: Any, processes_before: int, processes_now: int) -> None:
     """Refuse to go on with a stream on another number of processes, which would read it in another order.
 
-    Args:
-        dataset: dataset of the run; a map-style one has the same order on any number of processes.
-        processes_before (`int`): processes that wrote the checkpoint.
-        processes_now (`int`): processes of this run.
-
-    Raises:
-        ConfigurationError: `dataset` is a stream and the numbers differ.
+    A map-style dataset has the same order on any number of processes.
     """
     if isinstance(dataset, IterableDataset) and processes_before != processes_now:
         raise ConfigurationError(
@@ -151,11 +137,9 @@ class _WorkerAlarm:
             self._previous = signal.signal(signal.SIGCHLD, self._handle)
 
     def wait_for(self, batches: Iterator[Any]) -> Any:
-        """The next batch.
+        """The next batch; torch's own RuntimeError if a loader process has died.
 
-        Raises:
-            RuntimeError: torch's own, if a loader process has died. One that dies meanwhile is found by torch's look
-                at its processes, within five seconds.
+        One that dies meanwhile is found by torch's look at its processes, within five seconds.
         """
         if not self._death:
             try:

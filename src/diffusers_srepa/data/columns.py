@@ -61,7 +61,7 @@ def find_image_column(features: Mapping[str, Any], named: str | None = None) -> 
         ConfigurationError: there is no such column, it cannot hold images, or several could be meant.
     """
     if named is not None:
-        return _named(features, named, _may_hold_images, "not images", "image_column")
+        return _named(features, named, "image_column", _may_hold_images, "not images")
     found = [name for name, feature in features.items() if _holds_images(feature)]
     if not found:
         # Files written without the datasets library keep encoded images as plain bytes.
@@ -77,8 +77,8 @@ def find_label_column(features: Mapping[str, Any], named: str | None = None) -> 
         ConfigurationError: there is no such column, its type holds no labels, or several could be meant.
     """
     if named is not None:
-        wanted = "but labels are classes, integers or strings"
-        return _named(features, named, _may_hold_labels, wanted, "label_column")
+        expected = "but labels are classes, integers or strings"
+        return _named(features, named, "label_column", _may_hold_labels, expected)
     found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if found:
         return _choose(found, LABEL_NAMES, features, "labels", "label_column")
@@ -98,14 +98,17 @@ def is_string(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
-def read_labels(dataset: Dataset, column: str) -> Labels:
+def read_labels(dataset: Dataset, column: str | None) -> Labels:
     """The labels of every row, read and checked at once; only that column is read.
 
-    Classes keep their numbers and names, integers mean max + 1 classes, strings are numbered in sorted order.
+    Classes keep their numbers and names, integers mean max + 1 classes, strings are numbered in sorted order. Without
+    a column, all rows are of one class.
 
     Raises:
         DataError: a row has no label (None or -1) or one outside the classes; it is named by its number.
     """
+    if column is None:
+        return Labels(np.zeros(len(dataset), dtype=np.int64), 1, None)
     feature = dataset.features[column]
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     if is_string(feature):
@@ -170,13 +173,15 @@ def _check_rows(wrong: np.ndarray, numbers: np.ndarray, column: str, what: str) 
         )
 
 
-def _named(features: Mapping[str, Any], named: str, fits: Callable[[Any], bool], wanted: str, argument: str) -> str:
+def _named(
+    features: Mapping[str, Any], named: str, argument: str, is_usable: Callable[[Any], bool], expected: str
+) -> str:
+    if named in features and is_usable(features[named]):
+        return named
     columns = f"columns are {describe_columns(features)} (option `{argument}`)."
     if named not in features:
         raise ConfigurationError(f"the dataset has no column {named!r}, its {columns}")
-    if not fits(features[named]):
-        raise ConfigurationError(f"the column {named!r} holds {_type_name(features[named])}, {wanted}; the {columns}")
-    return named
+    raise ConfigurationError(f"the column {named!r} holds {_type_name(features[named])}, {expected}; the {columns}")
 
 
 def _choose(found: list[str], usual: tuple[str, ...], features: Mapping[str, Any], what: str, argument: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ FILE_LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", 
 #: Pieces of a local dataset that is read as a stream; enough to be dealt to many processes.
 LOCAL_STREAM_SHARDS = 64
 
-DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
-
 
 def load_image_dataset(
     name_or_path: str | Path | Dataset | IterableDataset,
@@ -35,7 +32,6 @@ def load_image_dataset(
     split: str = "train",
     revision: str | None = None,
     data_dir: str | None = None,
-    data_files: DataFiles | None = None,
     streaming: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -58,7 +54,6 @@ def load_image_dataset(
         split (`str`): split, also a slice such as `"train[:1000]"` where the dataset is not a stream.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         data_dir (`str`, *optional*): folder inside the repository.
-        data_files (*optional*): files inside the repository.
         streaming (`bool`): read the rows in order instead of downloading everything first.
         image_column (`str`, *optional*): column of the images, by default found by its type.
         label_column (`str`, *optional*): column of the classes, by default found by type and name; without one the
@@ -90,9 +85,8 @@ def load_image_dataset(
         source, described = name_or_path, type(name_or_path).__name__
     else:
         described = str(name_or_path)
-        remote = {"revision": revision, "token": token}
-        files = {"data_dir": data_dir, "data_files": data_files}
-        source = _open_source(name_or_path, name, split, streaming, cache_dir, files, remote)
+        kwargs = {"name": name, "split": split, "cache_dir": cache_dir, "streaming": streaming}
+        source = _open_source(name_or_path, data_dir, {"revision": revision, "token": token}, **kwargs)
     if isinstance(source, IterableDataset):
         if latent_cache is not None:
             raise ConfigurationError(
@@ -113,27 +107,19 @@ def load_image_dataset(
     }
     if isinstance(source, IterableDataset):
         return StreamingImages(source, name=described, **options)
-    if latent_cache is not None and not isinstance(latent_cache, LatentCache):
-        latent_cache = LatentCache.open(latent_cache)
     if latent_cache is not None:
+        latent_cache = latent_cache if isinstance(latent_cache, LatentCache) else LatentCache.open(latent_cache)
         latent_cache.check(encoder_id=encoder_id)
     return ImageDataset(source, latent_cache=latent_cache, need_pixels=need_pixels, **options)
 
 
 def _open_source(
-    name_or_path: str | Path,
-    name: str | None,
-    split: str,
-    streaming: bool,
-    cache_dir: str | Path | None,
-    files: dict[str, Any],
-    remote: dict[str, Any],
+    name_or_path: str | Path, data_dir: str | None, remote: dict[str, Any], **kwargs: Any
 ) -> Dataset | IterableDataset:
-    """One split of a dataset by name; `files` choose inside a folder or repository, `remote` is for the Hub alone."""
+    """One split of a dataset by name; `data_dir` is inside a folder or repository, `remote` is for the Hub alone."""
     path = Path(name_or_path).expanduser()
-    kwargs: dict[str, Any] = {"name": name, "split": split, "cache_dir": cache_dir, "streaming": streaming}
     if _is_saved_to_disk(path):
-        return _open_saved(path, split, streaming)
+        return _open_saved(path, kwargs["split"], kwargs["streaming"])
     if path.is_file():
         loader = FILE_LOADERS.get(path.suffix.lower())
         if loader is None:
@@ -143,10 +129,10 @@ def _open_source(
             )
         return _load(name_or_path, loader, data_files=str(path), **kwargs)
     if path.is_dir():
-        return _load(name_or_path, str(path), **files, **kwargs)
+        return _load(name_or_path, str(path), data_dir=data_dir, **kwargs)
     if _looks_like_a_path(str(name_or_path)):
         raise ConfigurationError(f"the dataset {name_or_path} does not exist (option `name_or_path`).")
-    return _load(name_or_path, str(name_or_path), **files, **remote, **kwargs)
+    return _load(name_or_path, str(name_or_path), data_dir=data_dir, **remote, **kwargs)
 
 
 def _load(

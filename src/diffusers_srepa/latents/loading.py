@@ -12,13 +12,7 @@ from diffusers_srepa.latents.pixels import PixelLatents
 def load_latent_space(name_or_path: str | Path, **kwargs: Any) -> LatentSpace:
     """The latent space called `name_or_path`: `"pixels"`, or an autoencoder's repository or folder.
 
-    Args:
-        name_or_path (`str`): `"pixels"` gives `PixelLatents`, everything else goes to
-            `AutoencoderKLLatents.from_pretrained`.
-        kwargs: arguments of `AutoencoderKLLatents.from_pretrained`, unused for pixels.
-
-    Raises:
-        ConfigurationError: there is no such autoencoder.
+    Everything but `"pixels"` goes to `AutoencoderKLLatents.from_pretrained`, with its arguments in `kwargs`.
     """
     if str(name_or_path) == "pixels":
         return PixelLatents()

@@ -37,15 +37,12 @@ def licence_note(repository: str | None) -> str | None:
 
 
 def describe_source(name: str | None, noun: str, prefix: str = "") -> dict[str, str | None]:
-    """How a card names a dataset or model, and what is known about its terms.
+    """How a card names a dataset or model of the Hub or a local path (`link`), and what its terms are (`note`).
 
     Args:
         name (`str`, *optional*): Hub id or local path.
         noun (`str`): what it is, such as "autoencoder"; a local one is called "a local autoencoder".
         prefix (`str`): `"datasets/"` for a dataset, the part of its address before the id.
-
-    Returns:
-        `dict`: `link` in Markdown, and `note`, which may be None.
     """
     repo_id = public_id(name)
     link = f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})" if repo_id else f"a local {noun}"

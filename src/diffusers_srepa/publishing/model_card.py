@@ -40,16 +40,9 @@ def write_model_card(
     facts: ModelCardFacts | ConvertedCardFacts,
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the card of a finished pipeline as `folder/README.md`.
+    """Write the card of a finished pipeline, see [`render_model_card`], as `folder/README.md`; the file's path.
 
-    Args:
-        folder (`str` or `os.PathLike`): the pipeline's folder; the picture of samples is copied into it.
-        facts (`ModelCardFacts` or `ConvertedCardFacts`): what the card states.
-        config (`Mapping[str, Any]`, *optional*): the resolved configuration of a run as nested plain values; shown
-            without secrets and local paths.
-
-    Returns:
-        `Path`: the written file.
+    The picture of samples is copied into the folder.
     """
     folder = Path(folder)
     grid = _copy_sample_grid(facts.sample_grid, folder) if isinstance(facts, ModelCardFacts) else None
@@ -157,15 +150,11 @@ def _text(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _sorted_names(id2label: Mapping[Any, str]) -> list[tuple[int, str]]:
-    return sorted((int(number), name) for number, name in id2label.items())
-
-
 def _example_label(id2label: Mapping[Any, str] | None) -> str:
     """A class as Python source: its name where that names one class only, else its number."""
     if not id2label:
         return "0"
-    number, entry = _sorted_names(id2label)[0]
+    number, entry = min((int(number), name) for number, name in id2label.items())
     name = " ".join(entry.split(",")[0].split())
     owners = [other for other in id2label.values() if name.casefold() in _synonyms(other)]
     # A JSON string without escapes is a Python string too.
@@ -179,7 +168,8 @@ def _synonyms(entry: str) -> set[str]:
 def _class_names(id2label: Mapping[Any, str] | None) -> str | None:
     if not id2label:
         return None
-    names = [f"{number}: {_text(name)}" for number, name in _sorted_names(id2label)]
+    ordered = sorted((int(number), name) for number, name in id2label.items())
+    names = [f"{number}: {_text(name)}" for number, name in ordered]
     more = f"; and {len(names) - _SHOWN_CLASS_NAMES} more" if len(names) > _SHOWN_CLASS_NAMES else ""
     return "; ".join(names[:_SHOWN_CLASS_NAMES]) + more
 

@@ -94,9 +94,9 @@ def _public_value(key: str, value: Any) -> Any:
 
 
 def _looks_local(value: str) -> bool:
-    if value.startswith(("/", "~", "./", "../", "file:")) or value in (".", "..") or "\\" in value:
+    if value.startswith(("/", "~", "./", "../", "file:")) or value in (".", ".."):
         return True
-    if "://" in value or value.count("/") > 1:
+    if "\\" in value or "://" in value or value.count("/") > 1:
         return True
     # Without a slash, as in the split "train", it is no path even where a file happens to have that name.
     return "/" in value and os.path.exists(value)

@@ -38,11 +38,6 @@ class SamplingSettings:
 def check_sampling(pipeline: Any, class_labels: Sequence[int | str], settings: SamplingSettings) -> None:
     """Refuse settings with which the pipeline could not sample, and classes that it does not have.
 
-    Args:
-        pipeline (`SiTPipeline`): the pipeline.
-        class_labels (`Sequence[int | str]`): classes by number or name.
-        settings (`SamplingSettings`): how images will be drawn.
-
     Raises:
         ConfigurationError: steps or guidance that scheduler or transformer cannot do, an unknown name, or a number
             outside the classes.
@@ -111,11 +106,7 @@ def write_images(
     class_labels: Sequence[int | str],
     settings: SamplingSettings,
 ) -> Image.Image:
-    """Write every image as PNG, their grid as `grid.png`, and how to make them again as `settings.json`.
-
-    Returns:
-        `PIL.Image.Image`: the grid.
-    """
+    """Write every image as PNG, their grid as `grid.png`, and how to make them again as `settings.json`; the grid."""
     folder.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     for index, (image, label) in enumerate(zip(images, class_labels, strict=True)):

@@ -49,7 +49,15 @@ class LatentCache:
                 )
             cache = cls(folder, CacheLayout.from_json(content), frozenset(content["unreadable"]))
         except (FileNotFoundError, NotADirectoryError):
-            raise ConfigurationError(_why_missing(folder)) from None
+            if any(folder.glob("*shard_*")):
+                raise ConfigurationError(
+                    f"the latent cache {folder} is not finished: run the same diffusers-srepa cache-latents command "
+                    "again (option `latent_cache`)."
+                ) from None
+            raise ConfigurationError(
+                f"there is no latent cache in {folder}: write it with diffusers-srepa cache-latents, or change or "
+                "unset `latent_cache`."
+            ) from None
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigurationError(
                 f"{folder / LAYOUT_FILE} is damaged ({type(error).__name__}): {_WRITE_AGAIN}."
@@ -137,15 +145,3 @@ class LatentCache:
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry the whole shard into every loader process.
         return self.__dict__ | {"_shards": {}}
-
-
-def _why_missing(folder: Path) -> str:
-    if any(folder.glob("*shard_*")):
-        return (
-            f"the latent cache {folder} is not finished: run the same diffusers-srepa cache-latents command again "
-            "(option `latent_cache`)."
-        )
-    return (
-        f"there is no latent cache in {folder}: write it with diffusers-srepa cache-latents, or change or unset "
-        "`latent_cache`."
-    )

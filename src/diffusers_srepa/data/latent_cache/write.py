@@ -85,7 +85,17 @@ def cache_latents(
     """
     _check_arguments(dtype, batch_size, shard_rows, process_index, num_processes)
     folder = Path(output_dir)
-    layout = _layout(dataset, latent_space.to(device), flip, dtype, shard_rows)
+    channels, height, width = latent_space.to(device).latent_shape(dataset.resolution, dataset.resolution)
+    layout = CacheLayout(
+        rows=len(dataset),
+        shape=(2 * channels, height, width),
+        dtype=dtype,
+        flip=flip,
+        resolution=dataset.resolution,
+        encoder_id=latent_space.encoder_id,
+        fingerprint=dataset.fingerprint,
+        shard_rows=shard_rows,
+    )
     try:
         if _join(folder, layout):
             return LatentCache.open(folder)
@@ -109,20 +119,6 @@ def cache_latents(
             f"the latent cache in {folder} could not be written ({error.strerror or error}): free space or change "
             f"`output_dir`, then {_AGAIN}."
         ) from error
-
-
-def _layout(dataset: ImageDataset, latent_space: LatentSpace, flip: bool, dtype: str, shard_rows: int) -> CacheLayout:
-    channels, height, width = latent_space.latent_shape(dataset.resolution, dataset.resolution)
-    return CacheLayout(
-        rows=len(dataset),
-        shape=(2 * channels, height, width),
-        dtype=dtype,
-        flip=flip,
-        resolution=dataset.resolution,
-        encoder_id=latent_space.encoder_id,
-        fingerprint=dataset.fingerprint,
-        shard_rows=shard_rows,
-    )
 
 
 class _Crops(Dataset):
