@@ -8,13 +8,8 @@ command line, which wins over files; `--print_config` shows the whole configurat
 installed, `accelerate launch -m diffusers_srepa.cli train` is the same run.
 """
 
-from diffusers_srepa import (
-    METHOD_CONFIGS,
-    Trainer,
-    explain_open_values,
-    parse_training_config,
-    training_exit_codes,
-)
+from diffusers_srepa import Trainer, explain_open_values, parse_training_config, training_exit_codes
+from diffusers_srepa.training.methods.registry import METHOD_CONFIGS
 
 
 def main() -> None:

@@ -370,12 +370,6 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_page_presets_in_code():
-    names: dict[str, Any] = {}
-    run("docs/training.md", training_block("Presets"), names)
-    assert names["transformer"].config.patch_size == 8 and set(names["terms"]) == {"cosine", "gram_mse"}
-
-
 def test_page_run_from_objects(run_folder: Path):
     config = yaml.safe_load((run_folder / "my_run.yaml").read_text())
     del config["data"]["dataset"]
@@ -421,6 +415,7 @@ def test_page_transformer_of_your_own(run_folder: Path, monkeypatch: pytest.Monk
 
 
 def test_every_python_block_of_the_training_page_is_run():
+    # That of the presets runs in tests/configuration, with the page's YAML.
     headings = ["Presets", "A run from objects", "A method of your own", "A transformer of your own"]
     assert [block.heading for block in read_blocks("docs/training.md")] == headings
 

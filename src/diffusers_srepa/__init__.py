@@ -40,7 +40,6 @@ _PUBLIC = {
     "LinearInterpolant": "interpolant",
     "LinearProjector": "alignment.projectors",
     "LossOutput": "training.method",
-    "METHOD_CONFIGS": "training.methods.registry",
     "MLPProjector": "alignment.projectors",
     "Phase": "training.method",
     "PixelLatents": "latents.pixels",
@@ -154,6 +153,5 @@ if TYPE_CHECKING:
     from diffusers_srepa.training.method import TrainingMethod as TrainingMethod
     from diffusers_srepa.training.methods.aligned_flow_matching import AlignedFlowMatching as AlignedFlowMatching
     from diffusers_srepa.training.methods.checks import explain_open_values as explain_open_values
-    from diffusers_srepa.training.methods.registry import METHOD_CONFIGS as METHOD_CONFIGS
     from diffusers_srepa.training.signals import TrainingInterrupted as TrainingInterrupted
     from diffusers_srepa.training.trainer import Trainer as Trainer

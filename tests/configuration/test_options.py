@@ -19,7 +19,7 @@ from diffusers_srepa.configuration.comparison import differing_options
 from diffusers_srepa.configuration.options import Options, option, options_of, walk
 from diffusers_srepa.configuration.training import RunConfig, TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.interpolant import TIMESTEP_LAWS, get_interpolant
+from diffusers_srepa.interpolant import TIMESTEP_SAMPLINGS, get_interpolant
 
 
 REQUIRED = ["--output_dir", "out", "--data.dataset", "images"]
@@ -99,7 +99,7 @@ def test_every_option_has_help_and_foreign_names_are_no_options() -> None:
 
 def test_choices_are_those_of_the_code() -> None:
     options = options_of(TrainingConfig)
-    assert options["flow.timestep_sampling"].choices == TIMESTEP_LAWS
+    assert options["flow.timestep_sampling"].choices == TIMESTEP_SAMPLINGS
     assert [get_interpolant(name).name for name in options["flow.path"].choices or ()] == ["linear", "cosine"]
     with pytest.raises(ConfigurationError, match="quadratic"):
         get_interpolant("quadratic")

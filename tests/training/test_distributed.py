@@ -69,7 +69,7 @@ def test_micro_batches(global_size: int, micro: int | None, processes: int, expe
 
 @pytest.mark.parametrize("global_size, micro, processes", [(10, None, 4), (8, 3, 1), (8, 8, 2)])
 def test_batches_that_do_not_divide_are_refused(global_size: int, micro: int | None, processes: int) -> None:
-    with pytest.raises(ConfigurationError, match="training.global_batch_size"):
+    with pytest.raises(ConfigurationError, match="global_batch_size"):
         micro_batch_size(LoopConfig(global_batch_size=global_size, micro_batch_size=micro), processes)
 
 

@@ -122,7 +122,8 @@ def test_the_last_step_may_be_skipped_where_a_loss_scaler_skips_now_and_then(
     if has_scaler:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         trainer.accelerator.scaler = scaler
-        trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+        phase = trainer.training.optimizers["student"]
+        phase.optimizer = AcceleratedOptimizer(phase.optimizer.optimizer, scaler=scaler)
         trainer.train()
     else:
         with pytest.raises(FloatingPointError, match="in the last 1 step"):

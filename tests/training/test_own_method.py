@@ -61,7 +61,9 @@ def metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     files = sorted(checkpoint.rglob("*.safetensors"))
-    return {f"{file.relative_to(checkpoint)}/{name}": value for file in files for name, value in load_file(file).items()}
+    return {
+        f"{file.relative_to(checkpoint)}/{name}": value for file in files for name, value in load_file(file).items()
+    }
 
 
 def test_a_method_of_two_phases_and_three_modules_trains_and_exports(

@@ -12,7 +12,7 @@ from PIL import Image
 from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.data import streaming
 from diffusers_srepa.errors import ConfigurationError, DataError
-from diffusers_srepa.training.checkpoint_folder import write_manifest
+from diffusers_srepa.training.run_folder import write_manifest
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_images import image_table, png
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +61,7 @@ def find_image_column(features: Mapping[str, Any], named: str | None = None) -> 
         ConfigurationError: there is no such column, it cannot hold images, or several could be meant.
     """
     if named is not None:
-        _check_exists(features, named, "image_column")
-        if not _may_hold_images(features[named]):
-            raise ConfigurationError(
-                f"the column {named!r} holds {_type_name(features[named])}, not images; the columns are "
-                f"{describe_columns(features)} (option `image_column`)."
-            )
-        return named
+        return _named(features, named, _may_hold_images, "not images", "image_column")
     found = [name for name, feature in features.items() if _holds_images(feature)]
     if not found:
         # Files written without the datasets library keep encoded images as plain bytes.
@@ -83,13 +77,8 @@ def find_label_column(features: Mapping[str, Any], named: str | None = None) -> 
         ConfigurationError: there is no such column, its type holds no labels, or several could be meant.
     """
     if named is not None:
-        _check_exists(features, named, "label_column")
-        if not _may_hold_labels(features[named]):
-            raise ConfigurationError(
-                f"the column {named!r} holds {_type_name(features[named])}, but labels are classes, integers or "
-                f"strings; the columns are {describe_columns(features)} (option `label_column`)."
-            )
-        return named
+        wanted = "but labels are classes, integers or strings"
+        return _named(features, named, _may_hold_labels, wanted, "label_column")
     found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if found:
         return _choose(found, LABEL_NAMES, features, "labels", "label_column")
@@ -129,11 +118,6 @@ def read_labels(dataset: Dataset, column: str) -> Labels:
         return Labels(numbers, int(numbers.max()) + 1, None)
     _check_rows(numbers >= len(names), numbers, column, f"is outside the column's {len(names)} classes")
     return Labels(numbers, len(names), names)
-
-
-def no_labels(num_rows: int) -> Labels:
-    """A single class for every row, for datasets without labels."""
-    return Labels(np.zeros(num_rows, dtype=np.int64), 1, None)
 
 
 def read_label(value: Any, num_classes: int | None, column: str) -> int:
@@ -186,11 +170,13 @@ def _check_rows(wrong: np.ndarray, numbers: np.ndarray, column: str, what: str) 
         )
 
 
-def _check_exists(features: Mapping[str, Any], named: str, argument: str) -> None:
+def _named(features: Mapping[str, Any], named: str, fits: Callable[[Any], bool], wanted: str, argument: str) -> str:
+    columns = f"columns are {describe_columns(features)} (option `{argument}`)."
     if named not in features:
-        raise ConfigurationError(
-            f"the dataset has no column {named!r}, its columns are {describe_columns(features)} (option `{argument}`)."
-        )
+        raise ConfigurationError(f"the dataset has no column {named!r}, its {columns}")
+    if not fits(features[named]):
+        raise ConfigurationError(f"the column {named!r} holds {_type_name(features[named])}, {wanted}; the {columns}")
+    return named
 
 
 def _choose(found: list[str], usual: tuple[str, ...], features: Mapping[str, Any], what: str, argument: str) -> str:

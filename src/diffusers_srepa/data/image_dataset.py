@@ -6,12 +6,13 @@ import logging
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset as TableDataset
 from datasets import Image
 from torch.utils.data import Dataset
 
-from diffusers_srepa.data.columns import no_labels, read_labels
+from diffusers_srepa.data.columns import Labels, read_labels
 from diffusers_srepa.data.fingerprint import dataset_fingerprint
 from diffusers_srepa.data.images import read_crop
 from diffusers_srepa.data.latent_cache.read import LatentCache
@@ -71,7 +72,8 @@ class ImageDataset(Dataset):
         self.horizontal_flip = horizontal_flip
         self.on_bad_image = on_bad_image
         self.need_pixels = need_pixels
-        labels = no_labels(len(source)) if label_column is None else read_labels(source, label_column)
+        one_class = Labels(np.zeros(len(source), dtype=np.int64), 1, None)
+        labels = one_class if label_column is None else read_labels(source, label_column)
         self.labels, self.num_classes, self.id2label = labels.values, labels.num_classes, labels.id2label
         # Undecoded, so that a broken file is met where it can be named, and nothing else is decoded in vain.
         self._images = source.select_columns([image_column]).cast_column(image_column, Image(decode=False))

@@ -81,7 +81,7 @@ def model_name(config: RunConfig, transformer: Any) -> str:
     transformer_class, sizes = find_preset(config.model.preset)
     if not isinstance(transformer, transformer_class):
         return type(transformer).__name__
-    changed = any(transformer.config.get(name) != value for name, value in sizes.items())
+    changed = any(getattr(config.model, name, None) not in (None, value) for name, value in sizes.items())
     return "SiT of a size of its own" if changed else config.model.preset
 
 

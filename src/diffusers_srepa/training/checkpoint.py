@@ -140,11 +140,8 @@ def save_parts(modules: Mapping[str, nn.Module], folder: Path, without: tuple[st
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Write tensors of any device as safetensors; what the system refuses is an `OSError`."""
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:
-        raise OSError(one_line(error)) from error
+    """Write tensors of any device as safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
 
 
 def read_state(folder: Path) -> RunState:

@@ -17,6 +17,19 @@ from diffusers_srepa.errors import in_options
 from diffusers_srepa.training.method import TrainingMethod
 
 
+DATA_OPTIONS = {
+    **{field.name: f"data.{field.name}" for field in fields(DataConfig)},
+    "name_or_path": "data.dataset",
+    "encoder_id": "latents.vae",
+    "num_classes": "model.num_classes",
+    "global_batch_size": "training.global_batch_size",
+    "micro_batch_size": "training.micro_batch_size",
+    "resume_from_checkpoint": "--resume_from_checkpoint latest",
+    "resume_with_changes": "--resume_with_changes",
+}
+"""The options by the names of the arguments that the functions of `data` have for them."""
+
+
 def load_dataset(config: RunConfig, method: TrainingMethod, accelerator: Accelerator, given: Any = None) -> Any:
     """The training items, with moments from the latent cache if one is given.
 
@@ -30,10 +43,8 @@ def load_dataset(config: RunConfig, method: TrainingMethod, accelerator: Acceler
         ConfigurationError, DataError: what does not exist or does not fit, naming the option to change.
     """
     data, space = config.data, method.latent_space
-    options = {field.name: f"data.{field.name}" for field in fields(DataConfig)}
-    options |= {"name_or_path": "data.dataset", "encoder_id": "latents.vae"}
     if given is None or isinstance(given, Dataset | IterableDataset):
-        with accelerator.main_process_first(), in_options(options):
+        with accelerator.main_process_first(), in_options(DATA_OPTIONS):
             dataset = load_image_dataset(
                 str(data.dataset) if given is None else given,
                 name=data.name,
@@ -57,5 +68,6 @@ def load_dataset(config: RunConfig, method: TrainingMethod, accelerator: Acceler
     if not isinstance(dataset, TorchIterableDataset):
         # The sampler refuses a dataset that cannot fill one global batch; better now than at the first step.
         batch = config.training.global_batch_size
-        GlobalBatchSampler(len(dataset), batch, batch, config.seed)
+        with in_options(DATA_OPTIONS):
+            GlobalBatchSampler(len(dataset), batch, batch, config.seed)
     return dataset

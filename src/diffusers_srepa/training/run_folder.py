@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 
 from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.errors import ConfigurationError, one_line
@@ -46,13 +47,13 @@ def writing_to(output_dir: Path, what: str | None = None) -> Iterator[None]:
         what (`str`, *optional*): what could not be written, for the sentence.
 
     Raises:
-        CheckpointError: instead of any other `OSError`.
+        CheckpointError: instead of any other `OSError`, and of what safetensors makes of one.
     """
     try:
         yield
     except CheckpointError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         saved = checkpoint_folders(output_dir)
         last = f"the last complete checkpoint is {saved[-1].name}" if saved else "there is no complete checkpoint"
         where = f"{what} could not be written to {output_dir}" if what else f"{output_dir} could not be written to"

@@ -131,8 +131,9 @@ class TrainingStep:
         """
         for name in names:
             if isinstance(self.wrapped[name], DistributedDataParallel):
-                self.accelerator._models.remove(self.wrapped[name])
-                self.wrapped[name] = self.accelerator.prepare_model(self.method.modules[name])
+                module = self.accelerator.unwrap_model(self.wrapped[name], keep_fp32_wrapper=False)
+                self.accelerator._models.remove(module)
+                self.wrapped[name] = self.accelerator.prepare_model(module)
 
     def unwrap(self) -> None:
         """Let go of the wrappers.

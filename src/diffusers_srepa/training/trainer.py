@@ -18,12 +18,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.data.batches import training_batches
-from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.errors import ConfigurationError, in_options
 from diffusers_srepa.files import check_name, remove_incomplete, write_text
 from diffusers_srepa.training import checkpoint
 from diffusers_srepa.training.callbacks import TrainerCallback
 from diffusers_srepa.training.checkpoint import RunState
-from diffusers_srepa.training.dataset import load_dataset
+from diffusers_srepa.training.dataset import DATA_OPTIONS, load_dataset
 from diffusers_srepa.training.distributed import (
     build_accelerator,
     micro_batch_size,
@@ -93,7 +93,8 @@ class Trainer:
         self.callbacks = tuple(callbacks)
         self.output_dir = Path(str(config.output_dir))
         self.accelerator = build_accelerator(config, resolve_trackers(config.tracking.report_to))
-        self.micro_batch_size = micro_batch_size(config.training, self.accelerator.num_processes)
+        with in_options(DATA_OPTIONS):
+            self.micro_batch_size = micro_batch_size(config.training, self.accelerator.num_processes)
         self.lock = RunLock(self.output_dir)
         self.stop_request = StopRequest(self.accelerator)
         self.guard = NonFiniteGuard(config.training.max_skipped_steps)
@@ -130,7 +131,8 @@ class Trainer:
         self.method = method
         self.dataset = load_dataset(config, method, accelerator, dataset)
         if resumed is not None:
-            check_same_run(resumed, config, self.dataset, accelerator.num_processes)
+            with in_options(DATA_OPTIONS):
+                check_same_run(resumed, config, self.dataset, accelerator.num_processes)
         method.prepare(self.dataset)
         self.modules = method.modules
         _check_names(method)
@@ -261,7 +263,7 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=outlive_signals,
         )
-        with closing(batches):
+        with closing(batches), in_options(DATA_OPTIONS):
             for batch in batches:
                 self.replaced_images += int(batch["replaced"].sum())
                 # Positions stay on the CPU, where the random numbers are drawn.

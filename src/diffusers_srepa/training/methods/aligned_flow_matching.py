@@ -19,7 +19,7 @@ from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.registry import build_terms
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.configuration.training import TrainingConfig
-from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.errors import ConfigurationError, in_options
 from diffusers_srepa.interpolant import get_interpolant, timesteps_from_uniform
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 from diffusers_srepa.latents.latent_space import LatentSpace
@@ -67,7 +67,8 @@ class AlignedFlowMatching(TrainingMethod):
         # A null term was taken out of the preset; it stays in the configuration, which then means the same again.
         terms = {name: term for name, term in alignment.terms.items() if term is not None}
         self.criterion = AlignmentLoss(build_terms(terms, alignment.target_transform))
-        self.interpolant = get_interpolant(config.flow.path)
+        with in_options({"path": "flow.path"}):
+            self.interpolant = get_interpolant(config.flow.path)
         self.class_token_weight = alignment.class_token_weight
         self.latent_space = build_latent_space(config)
         self.grid = token_grid(config, self.latent_space, student_patch_size(config, transformer))
