@@ -326,6 +326,13 @@ def test_readme_functions():
     assert student_tokens.grad.abs().sum() > 0
 
 
+def test_readme_configuration(tmp_path: Path):
+    (block,) = read_blocks("README.md", "yaml")
+    (tmp_path / "my.yaml").write_text(block.code)
+    config = load_training_config(["--config", str(tmp_path / "my.yaml")])
+    assert config.model.preset == "SiT-B/2" and config.output_dir == "runs/mine" and config.optimizer.lr == 1e-4
+
+
 def test_every_python_block_of_the_readme_is_run():
     markers = ("SiTPipeline.from_pretrained", "AlignedDenoiser(", "gram_mse_loss(student_tokens")
     assert len(read_blocks("README.md")) == len(markers) == len({readme_block(marker).line for marker in markers})
