@@ -8,13 +8,12 @@ command line, which wins over files; `--print_config` shows the whole configurat
 installed, `accelerate launch -m diffusers_srepa.cli train` is the same run.
 """
 
-from diffusers_srepa import Trainer, explain_open_values, parse_training_config, training_exit_codes
-from diffusers_srepa.training.methods.registry import METHOD_CONFIGS
+from diffusers_srepa import Trainer, parse_training_config, training_exit_codes
 
 
 def main() -> None:
     """Parse, build, train."""
-    config = parse_training_config(explain=explain_open_values, methods=METHOD_CONFIGS)
+    config = parse_training_config()
     # Messages on the console, and exit codes: 75 for a run that has saved and can be resumed, 1 after an error, which
     # is one sentence instead of a traceback.
     with training_exit_codes(config):

@@ -326,6 +326,13 @@ def test_readme_functions():
     assert student_tokens.grad.abs().sum() > 0
 
 
+def test_readme_configuration(tmp_path: Path):
+    (block,) = read_blocks("README.md", "yaml")
+    (tmp_path / "my.yaml").write_text(block.code)
+    config = load_training_config(["--config", str(tmp_path / "my.yaml")])
+    assert config.model.preset == "SiT-B/2" and config.output_dir == "runs/mine" and config.optimizer.lr == 1e-4
+
+
 def test_every_python_block_of_the_readme_is_run():
     markers = ("SiTPipeline.from_pretrained", "AlignedDenoiser(", "gram_mse_loss(student_tokens")
     assert len(read_blocks("README.md")) == len(markers) == len({readme_block(marker).line for marker in markers})
@@ -368,12 +375,6 @@ def training_block(heading: str) -> Block:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_page_presets_in_code():
-    names: dict[str, Any] = {}
-    run("docs/training.md", training_block("Presets"), names)
-    assert names["transformer"].config.patch_size == 8 and set(names["terms"]) == {"cosine", "gram_mse"}
 
 
 def test_page_run_from_objects(run_folder: Path):
@@ -421,6 +422,7 @@ def test_page_transformer_of_your_own(run_folder: Path, monkeypatch: pytest.Monk
 
 
 def test_every_python_block_of_the_training_page_is_run():
+    # That of the presets runs in tests/configuration, with the page's YAML.
     headings = ["Presets", "A run from objects", "A method of your own", "A transformer of your own"]
     assert [block.heading for block in read_blocks("docs/training.md")] == headings
 

@@ -64,12 +64,11 @@ _PUBLIC = {
     "TrainingMethod": "training.method",
     "WarmUp": "alignment.schedule",
     "convert_checkpoint": "conversion.convert",
-    "explain_open_values": "training.methods.checks",
     "export_checkpoint": "conversion.export",
     "gram_kl_loss": "alignment.gram.losses",
     "gram_mse_loss": "alignment.gram.losses",
     "load_training_config": "configuration.command_line",
-    "parse_training_config": "configuration.command_line",
+    "parse_training_config": "cli.train",
     "register_transformer": "models.presets",
     "set_up_console": "training.logging",
     "training_exit_codes": "cli.train",
@@ -122,9 +121,9 @@ if TYPE_CHECKING:
     from diffusers_srepa.alignment.spatial_norm import SpatialNorm as SpatialNorm
     from diffusers_srepa.alignment.term import AlignmentTerm as AlignmentTerm
     from diffusers_srepa.alignment.term import Tap as Tap
+    from diffusers_srepa.cli.train import parse_training_config as parse_training_config
     from diffusers_srepa.cli.train import training_exit_codes as training_exit_codes
     from diffusers_srepa.configuration.command_line import load_training_config as load_training_config
-    from diffusers_srepa.configuration.command_line import parse_training_config as parse_training_config
     from diffusers_srepa.configuration.training import RunConfig as RunConfig
     from diffusers_srepa.configuration.training import TrainingConfig as TrainingConfig
     from diffusers_srepa.conversion.convert import convert_checkpoint as convert_checkpoint
@@ -152,6 +151,5 @@ if TYPE_CHECKING:
     from diffusers_srepa.training.method import StepContext as StepContext
     from diffusers_srepa.training.method import TrainingMethod as TrainingMethod
     from diffusers_srepa.training.methods.aligned_flow_matching import AlignedFlowMatching as AlignedFlowMatching
-    from diffusers_srepa.training.methods.checks import explain_open_values as explain_open_values
     from diffusers_srepa.training.signals import TrainingInterrupted as TrainingInterrupted
     from diffusers_srepa.training.trainer import Trainer as Trainer

@@ -470,7 +470,7 @@ def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
     my_sweep = _write(tmp_path / "configs", "my_sweep.yaml", sweep)
     assert list(read_variants(my_sweep, TrainingConfig)) == re.findall(r"for variant in (.*); do", page)[0].split()
     assert load_training_config([*REQUIRED, "--config", my_sweep, "--variant", "depth_6"]).alignment.depth == 6
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", page.split("### Presets")[1].split("###")[0], re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(code, "docs/training.md", "exec"), names)
     assert list(names["terms"]) == ["cosine", "gram_mse"] and len(names["transformer"].transformer_blocks) == 12

@@ -22,6 +22,7 @@ TWO_WITH_DDP = [*LAUNCH, "--multi_gpu"]
 TWO_WITH_FSDP = [*LAUNCH, "--use_fsdp", "--fsdp_version", "2"]
 AVERAGE = "transformer/diffusion_pytorch_model.safetensors"
 WITH_CONFIG_FILE = [*LAUNCH, "--config_file", str(ROOT / "examples" / "accelerate" / "gpus_8_fsdp2.yaml")]
+WITH_CONFIG_FILE += ["--mixed_precision", "no"]
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -230,6 +230,14 @@ def test_a_registered_transformer_is_chosen_and_continued_by_name(
         following.train()
 
 
+def test_compiled_blocks_are_the_transformer_s_and_the_taps_are_on_them(assets: Path, tmp_path: Path) -> None:
+    trainer = Trainer(aligned_config(assets, tmp_path, "--model.compile"))
+    blocks = trainer.method.transformer.transformer_blocks
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert blocks[0]._forward_hooks and not blocks[1]._forward_hooks
+    trainer.lock.release()
+
+
 # --------------------------------------------------------------------- callbacks
 
 

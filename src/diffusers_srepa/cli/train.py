@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from diffusers_srepa.configuration.command_line import parse_training_config
+from diffusers_srepa.configuration import command_line
 from diffusers_srepa.configuration.training import RunConfig, TrainingConfig
 from diffusers_srepa.errors import ConfigurationError, DataError
 from diffusers_srepa.training.methods.registry import METHOD_CONFIGS
@@ -14,12 +14,25 @@ from diffusers_srepa.training.methods.registry import METHOD_CONFIGS
 
 def run(argv: Sequence[str], prog: str) -> None:
     """Train as the options say; the same run as `examples/train_srepa.py`."""
-    config = parse_training_config(argv, _explain, METHOD_CONFIGS, prog)
+    config = parse_training_config(argv, prog)
 
     from diffusers_srepa.training.trainer import Trainer
 
     with training_exit_codes(config):
         Trainer(config).train()
+
+
+def parse_training_config(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingConfig:
+    """The configuration of a training script; prints help, or one sentence about a wrong option, and exits.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): arguments without the program's name; by default the process's own.
+        prog (`str`, *optional*): name of the program in its help.
+
+    Returns:
+        `TrainingConfig`: or the class of another method, where `--method` chooses one.
+    """
+    return command_line.parse_training_config(argv, _explain, METHOD_CONFIGS, prog)
 
 
 @contextmanager
@@ -49,7 +62,9 @@ def training_exit_codes(config: RunConfig) -> Iterator[None]:
         sys.exit(f"stopped; the checkpoints are in {config.output_dir}, go on with --resume_from_checkpoint latest")
 
 
-def _explain(config: TrainingConfig) -> str:
+def _explain(config: RunConfig) -> str:
+    if not isinstance(config, TrainingConfig):
+        return ""
     # Imports the models, and with them torch.
     from diffusers_srepa.training.methods.checks import explain_open_values
 

@@ -1,10 +1,16 @@
 """The transformers that can be trained, found by the name of their class or of one of their sizes.
 
-A transformer is a `ModelMixin` with `ConfigMixin` and `PRESETS`, its sizes by name as keyword arguments. Its
-configuration has `sample_size`, `patch_size`, `in_channels`, `num_classes`, `class_dropout_prob` and, if timesteps are
-not 1000 t, `timestep_scale`; its `forward(hidden_states, timestep, class_labels, class_drop_mask=None)` returns the
-velocity. `_no_split_modules` names its blocks. A class of another package needs no entry: pass the object, or
-`register_transformer` the class.
+A transformer is a `ModelMixin` with `ConfigMixin` and `CacheMixin`:
+
+- its configuration has `sample_size`, `patch_size`, `in_channels`, `num_classes`, `class_dropout_prob`, perhaps
+  `out_channels` and `class_token_dim`, and `timestep_scale` if timesteps are not 1000 t;
+- `forward(hidden_states, timestep, class_labels, class_drop_mask=None, attention_kwargs=None, return_dict=True)`, the
+  last four by keyword, returns the velocity as `sample` of an output or first in a tuple;
+- `null_class_label` is the label of the null class, None without one; `inner_dim` the width of its tokens; its blocks are
+  in a list called `transformer_blocks` or `blocks`, and `_no_split_modules` names their class, for FSDP2;
+- `PRESETS` holds its sizes by name as keyword arguments, for `model.preset`.
+
+A class of another package needs no entry here: pass an object to the trainer, or `register_transformer` the class.
 """
 
 from __future__ import annotations

@@ -76,13 +76,14 @@ def write_card(
 
 def model_name(config: RunConfig, transformer: Any) -> str:
     """The preset's name, unless the model is not of that size."""
-    if config.model.init_from is not None:
-        return "SiT"
     transformer_class, sizes = find_preset(config.model.preset)
     if not isinstance(transformer, transformer_class):
         return type(transformer).__name__
+    family = config.model.preset.partition("-")[0]
+    if config.model.init_from is not None:
+        return family
     changed = any(getattr(config.model, name, None) not in (None, value) for name, value in sizes.items())
-    return "SiT of a size of its own" if changed else config.model.preset
+    return f"{family} of a size of its own" if changed else config.model.preset
 
 
 def _settings(config: RunConfig) -> dict[str, str]:

@@ -91,6 +91,9 @@ class AlignedFlowMatching(TrainingMethod):
             config, self.latent_space, num_classes, self.teachers.get(DEFAULT), self.given_transformer
         )
         self.student = build_student(config, self.transformer, self.teachers, self.criterion)
+        if config.model.compile:
+            # With the taps in place: a hook that comes after the first compiled call never fires.
+            self.transformer.compile_repeated_blocks()
         self.modules = {"student": self.student}
 
     def to(self, device: torch.device) -> None:

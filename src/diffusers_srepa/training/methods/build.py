@@ -295,8 +295,10 @@ def build_projectors(
 
 def known_taps(config: TrainingConfig, transformer: Any) -> dict[str, int | str]:
     """Depth, counted from 1, or module path of every tap by name."""
-    alignment, num_layers = config.alignment, len(block_list(transformer)[1])
-    default = alignment.tap or alignment.depth or default_depth(num_layers, transformer.inner_dim)
+    alignment = config.alignment
+    default = alignment.tap or alignment.depth
+    if default is None:
+        default = default_depth(len(block_list(transformer)[1]), transformer.inner_dim)
     return {DEFAULT: default, **alignment.taps}
 
 

@@ -40,8 +40,10 @@ def explain_open_values(config: TrainingConfig) -> str:
     sizes = {name: preset[name] if value is None else value for name, value in given.items()}
     nulls = [f"model.{name}: {sizes[name]}" for name, value in given.items() if value is None]
     if any(alignment.terms.values()) and alignment.depth is None and alignment.tap is None:
-        width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
-        nulls.append(f"alignment.depth: {default_depth(sizes['num_layers'], width)}")
+        # Of a size that is given in other terms only the built model tells.
+        if {"num_layers", "num_attention_heads", "attention_head_dim"} <= sizes.keys():
+            width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
+            nulls.append(f"alignment.depth: {default_depth(sizes['num_layers'], width)}")
     if not nulls:
         return ""
     return "# Left open above and decided by the presets:\n" + "".join(f"#   {line}\n" for line in nulls)
