@@ -151,7 +151,7 @@ def test_a_configuration_of_before_is_compared_under_today_s_names() -> None:
 def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
     script = (
         "import sys\n"
-        "from diffusers_srepa import parse_training_config\n"
+        "from diffusers_srepa.configuration.command_line import parse_training_config\n"
         "try:\n    parse_training_config(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'accelerate', 'diffusers', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -6,8 +6,8 @@ A transformer is a `ModelMixin` with `ConfigMixin` and `CacheMixin`:
   `out_channels` and `class_token_dim`, and `timestep_scale` if timesteps are not 1000 t;
 - `forward(hidden_states, timestep, class_labels, class_drop_mask=None, attention_kwargs=None, return_dict=True)`, the
   last four by keyword, returns the velocity as `sample` of an output or first in a tuple;
-- `null_class_label` is the label of the null class, None without one; `inner_dim` the width of its tokens; its blocks are
-  in a list called `transformer_blocks` or `blocks`, and `_no_split_modules` names their class, for FSDP2;
+- `null_class_label` is the label of the null class, None without one; `inner_dim` the width of its tokens; its blocks
+  are in a list called `transformer_blocks` or `blocks`, and `_no_split_modules` names their class, for FSDP2;
 - `PRESETS` holds its sizes by name as keyword arguments, for `model.preset`.
 
 A class of another package needs no entry here: pass an object to the trainer, or `register_transformer` the class.
