@@ -29,12 +29,7 @@ def dataset_fingerprint(dataset: Dataset, image_column: str, labels: np.ndarray 
 
     Order and number of rows, the size and file name of every image, and the content of all images (of `SAMPLED_IMAGES`
     evenly spread ones beyond `WHOLE_CONTENT_BYTES`) decide the first part, the class of every row the second. A cache
-    of latents depends on the first alone, see `same_images`.
-
-    Args:
-        dataset (`Dataset`): its image column cast to `Image(decode=False)`.
-        image_column (`str`): name of that column.
-        labels (`np.ndarray`, *optional*): class of every row.
+    of latents depends on the first alone, see `same_images`. The image column is cast to `Image(decode=False)`.
     """
     images = dataset.select_columns([image_column])
     sizes, names = _sizes_and_names(images, image_column)
