@@ -126,11 +126,8 @@ class Weights:
 def select_weights(checkpoint: Any, weights: str | None = None) -> Weights:
     """One set of weights of a checkpoint: a dict with `model` and/or `ema`, or a bare state dict.
 
-    `weights` is "ema" or "model"; by default the average `ema`, or `model` in a file that has no average.
-
-    Raises:
-        ConfigurationError: the checkpoint is no dict of tensors, lacks the weights asked for, or has tensors that are
-            not dense, not floating point or not finite.
+    `weights` is "ema" or "model"; by default the average `ema`, or `model` in a file that has no average. Refused are
+    tensors that are not dense or not floating point.
     """
     if not isinstance(checkpoint, Mapping):
         raise ConfigurationError(

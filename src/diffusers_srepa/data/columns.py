@@ -93,10 +93,7 @@ def read_labels(dataset: Dataset, column: str | None) -> Labels:
     """The labels of every row, read and checked at once; only that column is read.
 
     Classes keep their numbers and names, integers mean max + 1 classes, strings are numbered in sorted order. Without
-    a column, all rows are of one class.
-
-    Raises:
-        DataError: a row has no label (None or -1) or one outside the classes; it is named by its number.
+    a column, all rows are of one class. A missing label (None or -1), or one outside the classes, is a DataError.
     """
     if column is None:
         return Labels(np.zeros(len(dataset), dtype=np.int64), 1, None)

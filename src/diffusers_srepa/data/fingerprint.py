@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
@@ -74,17 +75,11 @@ def _sizes_and_names(images: Dataset, column: str) -> tuple[np.ndarray, list[str
             stored = np.array(pc.fill_null(pc.binary_length(pc.struct_field(cells, "bytes")), -1), dtype="<i8")
             paths = pc.struct_field(cells, "path").to_pylist()
             for row in np.flatnonzero(stored < 0):
-                stored[row] = _file_size(paths[row])
+                with suppress(OSError):
+                    stored[row] = os.stat(paths[row]).st_size if paths[row] else -1
             sizes.append(stored)
             names += [PurePath(path).name if path else "" for path in paths]
     return np.concatenate(sizes) if sizes else np.empty(0, dtype="<i8"), names
-
-
-def _file_size(path: str | None) -> int:
-    try:
-        return os.stat(path).st_size if path else -1
-    except OSError:
-        return -1
 
 
 def _content(cell: Any) -> bytes:
