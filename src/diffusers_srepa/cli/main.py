@@ -21,13 +21,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): arguments without the program's name; by default the process's own.
-
-    Returns:
-        `int`: exit code, 0 or, after wrong input in one sentence, 2.
+    """Run a subcommand; the exit code is 0 or, after wrong input in one sentence, 2.
 
     Raises:
         SystemExit: after help, a wrong option (2), or a training run that did not finish (1 or 75).

@@ -82,8 +82,7 @@ def parse_config(
         argv (`Sequence[str]`): arguments without the command's name.
         config_class (`type[Options]`): dataclass of the command's options, or several by the names of the methods
             that the option `method` chooses from.
-        prog (`str`, *optional*): name of the command in its help.
-        description (`str`): what the command does.
+        prog, description (`str`): name of the command in its help, and what it does.
         explain (`Callable`, *optional*): gives the command the option `--print_config`, which prints the resolved
             options as YAML with these comments below them.
         read_files (`Callable`): gives the options that the files of `--config` hold; see [`read_run_files`].

@@ -12,11 +12,7 @@ def differing_options(before: Mapping[str, Any], now: Mapping[str, Any], config_
     """The options that shape the training and are not what they were, each as "<name> was <value> and is <value>".
 
     Options declared with `resume=True` may change. Options that did not exist before count as having been at their
-    default.
-
-    Args:
-        before, now (`Mapping`): the two configurations, as `to_dict` gives them; `before` may hold former names.
-        config_class (`type`): dataclass of the options.
+    default. Both configurations are as `to_dict` gives them; `before` may hold former names.
     """
     options = options_of(config_class)
     defaults = {name: declared.default for name, declared in options.items()}

@@ -31,10 +31,7 @@ class _StrictLoader(yaml.SafeLoader):
 def read_yaml(path: Path, config_class: type | None, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, laid over the file that its `base:` names, relative to the file itself.
 
-    Args:
-        path (`Path`): the file.
-        config_class (`type`, *optional*): dataclass whose options it holds; names that they had formerly become
-            today's.
+    Names that the options of `config_class` had formerly become today's.
 
     Raises:
         ConfigurationError: no such file, not YAML, not a mapping, or a `base:` that leads back to itself.

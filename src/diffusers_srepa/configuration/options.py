@@ -69,10 +69,7 @@ def option(
 ) -> Any:
     """A dataclass field that is an option of a command, or a section of options (`default_factory` its dataclass).
 
-    Args:
-        default: value where none is given; without it and `default_factory`, the option must be given.
-        help (`str`): one sentence for `--help`.
-        known: what else [`Option`] holds: `minimum`, `choices`, `resume`, ...
+    Without `default` and `default_factory` the option must be given; `known` is what else [`Option`] holds.
     """
     # Name and type are those of the field, known when its class is there.
     metadata = {"option": Option("", None, default, help, **known)}

@@ -60,9 +60,7 @@ def read_run_files(
 def read_variants(file: str | Path, config_class: type) -> dict[str, dict[str, Any]]:
     """The variants of a sweep by name, each with what it changes; empty for a file that is no sweep.
 
-    Args:
-        file (`str | Path`): the sweep.
-        config_class (`type`): dataclass whose options the variants hold, such as `TrainingConfig`.
+    The options are those of `config_class`, such as `TrainingConfig`.
 
     Raises:
         ConfigurationError: the file cannot be read, or a variant holds what is no option.

@@ -22,11 +22,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def build(config_class: type[T], values: Mapping[str, Any]) -> T:
-    """A `config_class` from nested plain values; what is not given has its default.
-
-    Raises:
-        ConfigurationError: an unknown name, a value of a wrong type, or none for an option that needs one.
-    """
+    """A `config_class` from nested plain values; what is not given has its default."""
     check_names(values, config_class)
     built: T = _convert(dict(values), config_class, "")
     return built
@@ -43,13 +39,7 @@ def check_names(values: Mapping[Any, Any], config_class: type, prefix: str = "")
 
 
 def unknown_option(name: str, config_class: type, dashes: str = "") -> ConfigurationError:
-    """The answer to a name that is no option: the one that it has here, or close ones.
-
-    Args:
-        name (`str`): dotted, or as another training script calls it.
-        config_class (`type`): dataclass of the options that there are.
-        dashes (`str`): what stands before a name where it was read, `"--"` on a command line.
-    """
+    """The answer to a name that is no option: the one that it has here, or close ones, each behind its `dashes`."""
     options = options_of(config_class)
     last = name.replace("-", "_").rpartition(".")[2]
     found = [known for known, declared in options.items() if last in declared.also or name == declared.formerly]

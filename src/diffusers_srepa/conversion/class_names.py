@@ -20,15 +20,11 @@ def imagenet_classes() -> dict[str, str]:
 
 
 def find_class_names(source: str | None, num_classes: int) -> dict[str, str] | None:
-    """The `id2label` of a pipeline.
+    """The `id2label` of a pipeline for a model of `num_classes` classes.
 
     Args:
         source (`str`, *optional*): "imagenet", "none", or a JSON file with a list of names or a mapping from numbers
             to names; by default ImageNet's names if there are 1000 classes, else none.
-        num_classes (`int`): number of classes of the model.
-
-    Raises:
-        ConfigurationError: a file that cannot be read, or names of another number of classes.
     """
     if source is None:
         return imagenet_classes() if num_classes == 1000 else None

@@ -45,9 +45,7 @@ _LEGACY_NAME = re.compile(r"decoder_blocks\.(\d+)\.(.+)")
 def rename_legacy_blocks(state: dict[str, torch.Tensor]) -> int | None:
     """Turn REPA's old `decoder_blocks.{i}` into `blocks.{i + encoder_depth}`, in place.
 
-    Returns:
-        `int`, *optional*: `encoder_depth`, the depth of the alignment, which is the number of `blocks`; None if there
-        are no such names.
+    The depth of the alignment, `encoder_depth`, is the number of `blocks`; None if there are no such names.
     """
     legacy = {name: match for name in state if (match := _LEGACY_NAME.fullmatch(name))}
     encoder_depth = count_blocks(state)
@@ -86,21 +84,16 @@ def expected_shapes(
     class_token_dim: int | None,
 ) -> dict[str, tuple[int, ...]]:
     """Official names and shapes of a backbone; `head_dim` is that of `qk_norm`, None without it."""
-    linears = {
+    # Every layer has a bias as long as its weight.
+    weights: dict[str, tuple[int, ...]] = {
+        "x_embedder.proj": (dim, in_channels, patch_size, patch_size),
         "t_embedder.mlp.0": (dim, FREQUENCIES),
         "t_embedder.mlp.2": (dim, dim),
         "final_layer.adaLN_modulation.1": (2 * dim, dim),
         FINAL_LAYER: (final_rows, dim),
     }
-    shapes: dict[str, tuple[int, ...]] = {
-        POSITIONS: (1, num_positions, dim),
-        "x_embedder.proj.weight": (dim, in_channels, patch_size, patch_size),
-        "x_embedder.proj.bias": (dim,),
-        "y_embedder.embedding_table.weight": (table_rows, dim),
-    }
-    norms: dict[str, int] = {}
     for block in range(num_layers):
-        linears |= {
+        weights |= {
             f"blocks.{block}.attn.qkv": (3 * dim, dim),
             f"blocks.{block}.attn.proj": (dim, dim),
             f"blocks.{block}.mlp.fc1": (mlp_dim, dim),
@@ -108,14 +101,13 @@ def expected_shapes(
             f"blocks.{block}.adaLN_modulation.1": (6 * dim, dim),
         }
         if head_dim is not None:
-            norms |= {f"blocks.{block}.{name}": head_dim for name in QK_NORM}
+            weights |= {f"blocks.{block}.{name}": (head_dim,) for name in QK_NORM}
     if class_token_dim is not None:
-        linears |= {"cls_projectors2": (dim, class_token_dim), "final_layer.linear_cls": (class_token_dim, dim)}
-        norms["wg_norm"] = dim
-    for name, (rows, columns) in linears.items():
-        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-    for name, size in norms.items():
-        shapes |= {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+        weights |= {"cls_projectors2": (dim, class_token_dim), "final_layer.linear_cls": (class_token_dim, dim)}
+        weights["wg_norm"] = (dim,)
+    shapes = {POSITIONS: (1, num_positions, dim), "y_embedder.embedding_table.weight": (table_rows, dim)}
+    for name, shape in weights.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
 
 

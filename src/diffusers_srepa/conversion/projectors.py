@@ -100,9 +100,9 @@ def _single_layer(where: str, plain: Mapping[str, torch.Tensor], dim: int) -> nn
 
 
 def _fill(where: str, projector: nn.Module, plain: Mapping[str, torch.Tensor], dim: int) -> nn.Module:
-    prefix = _PREFIXES[type(projector)][0]
+    prefix, empty = _PREFIXES[type(projector)][0], projector.state_dict()
     for name, value in plain.items():
-        expected = projector.state_dict()[prefix + name].shape
+        expected = empty[prefix + name].shape
         if value.shape != expected:
             raise ConfigurationError(
                 f"{where} has {name} of shape {tuple(value.shape)}, but its other layers require {tuple(expected)}."

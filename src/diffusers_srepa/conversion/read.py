@@ -41,12 +41,6 @@ def read_checkpoint(path: str | Path) -> Any:
     `argparse.Namespace` as the one class allowed beyond tensors and plain values: the official trainers store their
     arguments as one. Zip files are mapped, so that only what is used comes into memory.
 
-    Args:
-        path (`str` or `Path`): the file.
-
-    Returns:
-        whatever was saved; a flat dict of tensors for safetensors.
-
     Raises:
         ConfigurationError: there is no such file, it is empty, truncated or of another kind, or it holds objects that
             only unpickling could restore.
@@ -67,10 +61,15 @@ def read_checkpoint(path: str | Path) -> Any:
     if head.startswith(_PICKLE):
         return _load_torch(path, mmap=False)
     if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return _load_safetensors(path)
-    raise ConfigurationError(
-        f"{path} is {_describe(head)}, neither a PyTorch nor a safetensors file: change `checkpoint`."
-    )
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ConfigurationError(_damage(path, error)) from None
+    text = head.decode("utf-8", errors="replace")
+    # The last character may have been cut in two.
+    readable = all(character.isprintable() or character.isspace() for character in text.rstrip("\ufffd"))
+    kind = "a text file" if readable else "a file of an unknown kind"
+    raise ConfigurationError(f"{path} is {kind}, neither a PyTorch nor a safetensors file: change `checkpoint`.")
 
 
 def _load_torch(path: Path, mmap: bool) -> Any:
@@ -87,20 +86,12 @@ def _load_torch(path: Path, mmap: bool) -> Any:
     except pickle.UnpicklingError as error:
         refused = _REFUSED.search(str(error))
         raise ConfigurationError(_refusal(path, refused[1] if refused else "a pickle of another kind")) from None
-    except RuntimeError as error:
-        if "TorchScript" in str(error):
-            raise ConfigurationError(_refusal(path, "a TorchScript program")) from None
-        raise ConfigurationError(_damage(path, error)) from None
     # A damaged pickle stops anywhere in its program, and so with almost any error.
     except Exception as error:
-        raise ConfigurationError(_damage(path, error)) from None
-
-
-def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ConfigurationError(_damage(path, error)) from None
+        is_program = isinstance(error, RuntimeError) and "TorchScript" in str(error)
+        raise ConfigurationError(
+            _refusal(path, "a TorchScript program") if is_program else _damage(path, error)
+        ) from None
 
 
 def _refusal(path: Path, what: str) -> str:
@@ -113,13 +104,6 @@ def _refusal(path: Path, what: str) -> str:
 def _damage(path: Path, error: Exception) -> str:
     reason = one_line(one_line(error).split(". ")[0], 160)
     return f"{path} cannot be read ({reason}): it is truncated, damaged or no checkpoint; download it again."
-
-
-def _describe(head: bytes) -> str:
-    text = head.decode("utf-8", errors="replace")
-    # The last character may have been cut in two.
-    readable = all(character.isprintable() or character.isspace() for character in text.rstrip("\ufffd"))
-    return "a text file" if readable else "a file of an unknown kind"
 
 
 @dataclass
@@ -142,14 +126,8 @@ class Weights:
 def select_weights(checkpoint: Any, weights: str | None = None) -> Weights:
     """One set of weights of a checkpoint: a dict with `model` and/or `ema`, or a bare state dict.
 
-    Args:
-        checkpoint: what [`read_checkpoint`] returned.
-        weights (`str`, *optional*): "ema" or "model"; by default the average `ema`, or `model` in a file that has no
-            average.
-
-    Raises:
-        ConfigurationError: the checkpoint is no dict of tensors, lacks the weights asked for, or has tensors that are
-            not dense, not floating point or not finite.
+    `weights` is "ema" or "model"; by default the average `ema`, or `model` in a file that has no average. Refused are
+    tensors that are not dense or not floating point.
     """
     if not isinstance(checkpoint, Mapping):
         raise ConfigurationError(

@@ -38,8 +38,7 @@ def training_batches(
         global_batch_size (`int`): images per optimiser step over all processes.
         micro_batch_size (`int`): images per item of the iterator.
         seed (`int`): seed of the order.
-        process_index (`int`): rank of this process.
-        num_processes (`int`): number of processes.
+        process_index (`int`), num_processes (`int`): rank of this process, and how many there are.
         start_step (`int`): optimiser steps already made.
         num_steps (`int`): optimiser steps of the whole run.
         num_workers (`int`): loader processes; a stream uses at most one, because its order is a sequence.

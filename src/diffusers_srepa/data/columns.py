@@ -55,11 +55,7 @@ def describe_columns(features: Mapping[str, Any]) -> str:
 
 
 def find_image_column(features: Mapping[str, Any], named: str | None = None) -> str:
-    """The column called `named`, else the only one that holds images, else the one with a usual name.
-
-    Raises:
-        ConfigurationError: there is no such column, it cannot hold images, or several could be meant.
-    """
+    """The column called `named`, else the only one that holds images, else the one with a usual name."""
     if named is not None:
         return _named(features, named, "image_column", _may_hold_images, "not images")
     found = [name for name, feature in features.items() if _holds_images(feature)]
@@ -70,12 +66,7 @@ def find_image_column(features: Mapping[str, Any], named: str | None = None) -> 
 
 
 def find_label_column(features: Mapping[str, Any], named: str | None = None) -> str | None:
-    """The column called `named`, else the only ClassLabel, else an integer or string column with a usual name, else
-    None.
-
-    Raises:
-        ConfigurationError: there is no such column, its type holds no labels, or several could be meant.
-    """
+    """The column called `named`, else the only ClassLabel, else integers or strings with a usual name, else None."""
     if named is not None:
         expected = "but labels are classes, integers or strings"
         return _named(features, named, "label_column", _may_hold_labels, expected)
@@ -102,10 +93,7 @@ def read_labels(dataset: Dataset, column: str | None) -> Labels:
     """The labels of every row, read and checked at once; only that column is read.
 
     Classes keep their numbers and names, integers mean max + 1 classes, strings are numbered in sorted order. Without
-    a column, all rows are of one class.
-
-    Raises:
-        DataError: a row has no label (None or -1) or one outside the classes; it is named by its number.
+    a column, all rows are of one class. A missing label (None or -1), or one outside the classes, is a DataError.
     """
     if column is None:
         return Labels(np.zeros(len(dataset), dtype=np.int64), 1, None)
@@ -124,12 +112,7 @@ def read_labels(dataset: Dataset, column: str | None) -> Labels:
 
 
 def read_label(value: Any, num_classes: int | None, column: str) -> int:
-    """The label of one row of a stream.
-
-    Raises:
-        DataError: it is missing (None or -1) or negative.
-        ConfigurationError: it is outside `num_classes`, so the model has too few classes for this dataset.
-    """
+    """The label of one row of a stream; a missing or negative one is the fault of the row, a large one the model's."""
     if value is None or value == -1:
         raise DataError(f"it has no label in the column {column!r} (found {value}).")
     if value < 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def _open_source(
 ) -> Dataset | IterableDataset:
     """One split of a dataset by name; `data_dir` is inside a folder or repository, `remote` is for the Hub alone."""
     path = Path(name_or_path).expanduser()
-    if _is_saved_to_disk(path):
+    is_saved_table = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    if is_saved_table or (path / "dataset_dict.json").is_file():
         return _open_saved(path, kwargs["split"], kwargs["streaming"])
     if path.is_file():
         loader = FILE_LOADERS.get(path.suffix.lower())
@@ -130,9 +132,10 @@ def _open_source(
         return _load(name_or_path, loader, data_files=str(path), **kwargs)
     if path.is_dir():
         return _load(name_or_path, str(path), data_dir=data_dir, **kwargs)
-    if _looks_like_a_path(str(name_or_path)):
+    text = str(name_or_path)
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
         raise ConfigurationError(f"the dataset {name_or_path} does not exist (option `name_or_path`).")
-    return _load(name_or_path, str(name_or_path), data_dir=data_dir, **remote, **kwargs)
+    return _load(name_or_path, text, data_dir=data_dir, **remote, **kwargs)
 
 
 def _load(
@@ -161,15 +164,13 @@ def _check_split(asked_for: str | Path, builder: datasets.DatasetBuilder, split:
     known = [str(found) for found in builder.info.splits or builder.config.data_files or ()]
     wanted = re.match(r"[\w.-]+", split)
     if known and (wanted is None or wanted.group() not in [*known, "all"]):
-        raise ConfigurationError(
-            f"the dataset {asked_for} has no split {split!r}, its splits are {', '.join(map(repr, known))} "
-            "(option `split`)."
-        )
+        raise _no_split(str(asked_for), split, known)
 
 
-def _is_saved_to_disk(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (
-        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+def _no_split(described: str, split: str, known: Iterable[object]) -> ConfigurationError:
+    splits = ", ".join(repr(str(found)) for found in known)
+    return ConfigurationError(
+        f"the dataset {described} has no split {split!r}, its splits are {splits} (option `split`)."
     )
 
 
@@ -182,15 +183,8 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
         ) from error
     if isinstance(saved, DatasetDict):
         if split not in saved:
-            raise ConfigurationError(
-                f"the dataset saved in {path} has no split {split!r}, its splits are "
-                f"{', '.join(repr(str(found)) for found in saved)} (option `split`)."
-            )
+            raise _no_split(f"saved in {path}", split, saved)
         saved = saved[split]
     if streaming:
         return saved.to_iterable_dataset(num_shards=max(1, min(LOCAL_STREAM_SHARDS, len(saved))))
     return saved
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

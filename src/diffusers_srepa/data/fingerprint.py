@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
@@ -29,12 +30,7 @@ def dataset_fingerprint(dataset: Dataset, image_column: str, labels: np.ndarray 
 
     Order and number of rows, the size and file name of every image, and the content of all images (of `SAMPLED_IMAGES`
     evenly spread ones beyond `WHOLE_CONTENT_BYTES`) decide the first part, the class of every row the second. A cache
-    of latents depends on the first alone, see `same_images`.
-
-    Args:
-        dataset (`Dataset`): its image column cast to `Image(decode=False)`.
-        image_column (`str`): name of that column.
-        labels (`np.ndarray`, *optional*): class of every row.
+    of latents depends on the first alone, see `same_images`. The image column is cast to `Image(decode=False)`.
     """
     images = dataset.select_columns([image_column])
     sizes, names = _sizes_and_names(images, image_column)
@@ -79,17 +75,11 @@ def _sizes_and_names(images: Dataset, column: str) -> tuple[np.ndarray, list[str
             stored = np.array(pc.fill_null(pc.binary_length(pc.struct_field(cells, "bytes")), -1), dtype="<i8")
             paths = pc.struct_field(cells, "path").to_pylist()
             for row in np.flatnonzero(stored < 0):
-                stored[row] = _file_size(paths[row])
+                with suppress(OSError):
+                    stored[row] = os.stat(paths[row]).st_size if paths[row] else -1
             sizes.append(stored)
             names += [PurePath(path).name if path else "" for path in paths]
     return np.concatenate(sizes) if sizes else np.empty(0, dtype="<i8"), names
-
-
-def _file_size(path: str | None) -> int:
-    try:
-        return os.stat(path).st_size if path else -1
-    except OSError:
-        return -1
 
 
 def _content(cell: Any) -> bytes:

@@ -27,6 +27,14 @@ MAX_REPLACEMENTS = 1_000
 OnBadImage = Literal["skip", "raise"]
 
 
+def pass_over(error: DataError, on_bad_image: OnBadImage, is_known: bool = False) -> None:
+    """Warn of a row that another one replaces, unless it `is_known`; or raise, where that is asked for."""
+    if on_bad_image == "raise":
+        raise DataError(f"{str(error).rstrip('.')}: repair it, or set `on_bad_image` to skip.") from error
+    if not is_known:
+        logger.warning(f"{error} The next readable row takes its place.")
+
+
 class ImageDataset(Dataset):
     """Training crops of a map-style dataset; `load_image_dataset` builds it.
 
@@ -102,7 +110,8 @@ class ImageDataset(Dataset):
             try:
                 return self._item(row, key, replaced, flipped)
             except DataError as error:
-                self._report(row, error)
+                pass_over(error, self.on_bad_image, is_known=row in self._reported)
+                self._reported.add(row)
         raise DataError(
             f"none of the {attempts} rows of the dataset from row {key.index} on can be read, so it is given up: see "
             "the warnings above (option `name_or_path`)."
@@ -128,10 +137,3 @@ class ImageDataset(Dataset):
             item["pixel_values"] = pixels.flip(-1) if flipped else pixels
         item["class_labels"] = torch.tensor(int(self.labels[row]), dtype=torch.int64)
         return item | {"index": row, "position": key.position, "step": key.step, "replaced": replaced}
-
-    def _report(self, row: int, error: DataError) -> None:
-        if self.on_bad_image == "raise":
-            raise DataError(f"{str(error).rstrip('.')}: repair it, or set `on_bad_image` to skip.") from error
-        if row not in self._reported:
-            self._reported.add(row)
-            logger.warning(f"{error} The next readable row takes its place.")

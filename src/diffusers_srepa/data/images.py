@@ -116,10 +116,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An 8-bit RGB image of a picture in any mode.
 
     Transparency is dropped, as in ADM, not blended. Greyscale of 16 bits is scaled to 8, because Pillow's own
-    conversion would clip it.
-
-    Raises:
-        DataError: the pixels are floating point, whose range nobody knows.
+    conversion would clip it. Floating point, whose range nobody knows, is a DataError.
     """
     if image.mode == "RGB":
         return image

@@ -40,12 +40,9 @@ def is_outage(error: BaseException) -> bool:
 
 
 def loader_error(error: Exception, num_workers: int, again: str) -> Exception | None:
-    """An error of a data loader as users should see it, or None for one that nobody foresaw.
+    """An error of a loader of `num_workers` processes as users should see it, or None for one that nobody foresaw.
 
-    Args:
-        error (`Exception`): raised by the loader, in this process or in one of its own.
-        num_workers (`int`): processes of the loader.
-        again (`str`): what to do once a fault of the machine is mended, ends a sentence.
+    `again` says what to do once a fault of the machine is mended; it ends the sentence.
     """
     died = _WORKER_DIED.search(" ".join(str(error).split())) if isinstance(error, RuntimeError) else None
     if died:

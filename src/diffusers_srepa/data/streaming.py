@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from diffusers_srepa.data.columns import class_names, is_string, read_label
 from diffusers_srepa.data.fingerprint import stream_fingerprint
-from diffusers_srepa.data.image_dataset import MAX_REPLACEMENTS, OnBadImage
+from diffusers_srepa.data.image_dataset import MAX_REPLACEMENTS, OnBadImage, pass_over
 from diffusers_srepa.data.images import read_crop
 from diffusers_srepa.data.order import BatchLayout, check_steps, is_flipped, keyed_permutation
 from diffusers_srepa.data.read_errors import RESUME
@@ -40,15 +40,12 @@ _FEW_SHARDS = 8
 
 @dataclass
 class _Block:
-    """Consecutive raw rows of an epoch, the first of them being its row `start`.
-
-    Args:
-        substitute: the item for every row, once it is known that none of them can be used.
-    """
+    """Consecutive raw rows of an epoch, the first of them being its row `start`."""
 
     epoch: int
     start: int
     rows: list[dict[str, Any]]
+    # The item for every row, once it is known that none of them can be used.
     substitute: dict[str, Any] | None = None
 
 
@@ -240,18 +237,11 @@ class StreamingImages(IterableDataset):
 
     def _try(self, row: dict[str, Any], number: int) -> dict[str, Any] | None:
         """The item of a row, or None if it cannot be used."""
+        column = self.label_column
         try:
-            return self._item(row) | {"index": number}
+            label = 0 if column is None else read_label(row[column], self.num_classes, column)
+            pixels = read_crop(row[self.image_column], self.resolution, self._tokens)
         except DataError as error:
-            message = f"row {number} of the stream is unusable, {error}"
-            if self.on_bad_image == "raise":
-                raise DataError(f"{message.rstrip('.')}: repair it, or set `on_bad_image` to skip.") from error
-            logger.warning(f"{message} The next readable row takes its place.")
+            pass_over(DataError(f"row {number} of the stream is unusable, {error}"), self.on_bad_image)
             return None
-
-    def _item(self, row: dict[str, Any]) -> dict[str, Any]:
-        label = (
-            0 if self.label_column is None else read_label(row[self.label_column], self.num_classes, self.label_column)
-        )
-        pixels = read_crop(row[self.image_column], self.resolution, self._tokens)
-        return {"pixel_values": pixels, "class_labels": torch.tensor(label, dtype=torch.int64)}
+        return {"pixel_values": pixels, "class_labels": torch.tensor(label, dtype=torch.int64), "index": number}

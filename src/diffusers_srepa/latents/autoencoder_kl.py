@@ -74,11 +74,8 @@ class AutoencoderKLLatents(LatentSpace):
         Args:
             name_or_path (`str`): repository or folder of an autoencoder, or of a pipeline that has one in `vae`.
             subfolder (`str`, *optional*): folder inside the repository; by default the repository itself, else `vae`.
-            revision (`str`, *optional*): branch, tag or commit on the Hub.
             dtype (`torch.dtype`, *optional*): precision of encoding and decoding, by default float32.
-            token (`str` or `bool`, *optional*): Hub token; by default the stored one.
-            cache_dir (`str`, *optional*): folder for downloads.
-            local_files_only (`bool`): never ask the Hub.
+            revision, token, cache_dir, local_files_only: as in `diffusers`.
 
         Raises:
             ConfigurationError: there is no autoencoder, another class of autoencoder, or one that cannot be loaded.

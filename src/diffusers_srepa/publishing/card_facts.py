@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -13,10 +14,8 @@ def package_versions() -> dict[str, str]:
     """Versions of the packages that decide the result, as far as they are installed."""
     versions: dict[str, str] = {}
     for name in ("diffusers-srepa", "diffusers", "transformers", "accelerate", "torch"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 

@@ -55,10 +55,7 @@ def public_versions(folder: Path, paths: Iterable[str]) -> dict[str, bytes]:
 
     The run's `config.yaml` says "(local)" for a local path, as the model card does; the configuration of a component
     loses the note where it was loaded from, unless that is a repository of the Hub. All other files go as they are.
-
-    Args:
-        folder (`Path`): the pipeline's folder.
-        paths (`Iterable[str]`): files to publish, relative to it, with forward slashes.
+    The paths are relative to the pipeline's folder.
     """
     versions: dict[str, bytes] = {}
     for path in paths:

@@ -67,14 +67,7 @@ def sample_images(
     settings: SamplingSettings,
     is_given_up: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
-    """One image per label.
-
-    Args:
-        pipeline (`SiTPipeline`): samples with the weights that its transformer has.
-        class_labels (`Sequence[int | str]`): classes by number or name.
-        settings (`SamplingSettings`): how.
-        is_given_up (`Callable`): tells after every model call whether to leave off with the batches that are whole.
-    """
+    """One image per label; if `is_given_up` says so after a model call, only those of batches that are whole."""
 
     def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = is_given_up()
@@ -120,14 +113,9 @@ def write_images(
         "images": records,
     }
     (folder / "settings.json").write_text(json.dumps(document, indent=1))
-    grid = image_grid(images)
-    grid.save(folder / "grid.png")
-    return grid
-
-
-def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Images of one size in rows, a square grid unless `columns` is given; places that are left over are white."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = Image.new("RGB", images[0].size, "white")
-    return make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows, columns)
+    grid = make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows, columns)
+    grid.save(folder / "grid.png")
+    return grid

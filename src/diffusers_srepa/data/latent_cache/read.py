@@ -62,7 +62,15 @@ class LatentCache:
             raise ConfigurationError(
                 f"{folder / LAYOUT_FILE} is damaged ({type(error).__name__}): {_WRITE_AGAIN}."
             ) from error
-        cache._check_files()
+        for shard in range(cache.layout.num_shards):
+            path = shard_file(folder, shard)
+            expected = len(cache.layout.rows_of(shard)) * cache.layout.bytes_per_row
+            found = path.stat().st_size if path.is_file() else 0
+            if found != expected:
+                raise ConfigurationError(
+                    f"the latent cache is damaged, because {path} has {found} bytes instead of {expected}: "
+                    f"{_WRITE_AGAIN}."
+                )
         return cache
 
     def check(
@@ -76,12 +84,7 @@ class LatentCache:
     ) -> None:
         """Refuse to serve another dataset, encoder or resolution; what is None is not compared.
 
-        Args:
-            fingerprint (`str`, *optional*): fingerprint of the dataset.
-            encoder_id (`str`, *optional*): identity of the encoder.
-            resolution (`int`, *optional*): side of the crops.
-            flip (`bool`, *optional*): whether mirrored latents are needed.
-            rows (`int`, *optional*): rows of the dataset.
+        Each argument is what the field of that name in `CacheLayout` must be; `flip`: if mirrored latents are needed.
 
         Raises:
             ConfigurationError: the first difference, and the option to change.
@@ -130,17 +133,6 @@ class LatentCache:
                     f"{_WRITE_AGAIN}."
                 ) from error
         return self._shards[shard]
-
-    def _check_files(self) -> None:
-        for shard in range(self.layout.num_shards):
-            path = shard_file(self.folder, shard)
-            expected = len(self.layout.rows_of(shard)) * self.layout.bytes_per_row
-            found = path.stat().st_size if path.is_file() else 0
-            if found != expected:
-                raise ConfigurationError(
-                    f"the latent cache is damaged, because {path} has {found} bytes instead of {expected}: "
-                    f"{_WRITE_AGAIN}."
-                )
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry the whole shard into every loader process.
