@@ -55,7 +55,7 @@ class AlignmentLoss:
 
     def active_terms(self, step: float = 0) -> dict[str, AlignmentTerm]:
         """The terms whose weight is not 0 for good at `step`."""
-        return {name: term for name, term in self.terms.items() if not term.stopped(step)}
+        return {name: term for name, term in self.terms.items() if not term.schedule.stopped(step)}
 
     def features(self, step: float = 0) -> tuple[FeatureKey, ...]:
         """The features of the student that the active terms read: the `features` of an `AlignedDenoiser`."""

@@ -84,11 +84,7 @@ def get_preset(name: str) -> MethodPreset:
 
 
 def alignment_preset(name: str) -> dict[str, Any]:
-    """The preset as fresh nested plain values, one entry per field of `MethodPreset`, ready to be merged over.
-
-    Raises:
-        ConfigurationError: there is no such preset.
-    """
+    """As `get_preset`, in fresh nested plain values, one entry per field of `MethodPreset`, to be merged over."""
     return deepcopy(vars(get_preset(name)))
 
 

@@ -1,7 +1,8 @@
 """Objectives, projectors, schedules and terms from the plain literals of a configuration file.
 
 A literal is a name, or a mapping with the key `name` and the arguments of the class. An object instead of a literal
-passes through, so third parties need no registration.
+passes through, so third parties need no registration. All functions raise a `ConfigurationError` for an unknown name
+or argument, close ones given, and for a value that the class refuses.
 """
 
 from __future__ import annotations
@@ -70,35 +71,28 @@ PROJECTORS: dict[str, type[nn.Module]] = {
 TARGET_TRANSFORMS: dict[str, type] = {"spatial_norm": SpatialNorm}
 
 SCHEDULES: dict[str, type[Schedule]] = {
-    schedule.name: schedule for schedule in (Constant, LinearDecay, CosineDecay, HardStop, WarmUp, Product)
+    "constant": Constant,
+    "linear_decay": LinearDecay,
+    "cosine_decay": CosineDecay,
+    "hard_stop": HardStop,
+    "warm_up": WarmUp,
+    "product": Product,
 }
 
 
 def build_objective(literal: str | Mapping[str, Any] | AlignmentObjective) -> AlignmentObjective:
-    """An objective, for instance of `"cosine"` or `{"name": "gram_kl", "tau_teacher": 0.2}`.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
-    """
+    """An objective, for instance of `"cosine"` or `{"name": "gram_kl", "tau_teacher": 0.2}`."""
     return _checked("objective", _build("objective", literal, OBJECTIVES), AlignmentObjective, OBJECTIVES)
 
 
 def build_projector(literal: str | Mapping[str, Any] | nn.Module, in_dim: int, out_dim: int) -> nn.Module:
-    """A projector from width `in_dim` to `out_dim`, for instance of `"mlp"` or `{"name": "conv", "kernel_size": 1}`.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
-    """
+    """A projector from `in_dim` to `out_dim` wide tokens, of `"mlp"` or `{"name": "conv", "kernel_size": 1}`."""
     projector = _build("projector", literal, PROJECTORS, in_dim=in_dim, out_dim=out_dim)
     return _checked("projector", projector, nn.Module, PROJECTORS)
 
 
 def load_projector(folder: str | Path) -> nn.Module:
-    """The projector saved in `folder`, of the class that its configuration names.
-
-    Raises:
-        ConfigurationError: the folder has no configuration, or names a class that is not registered.
-    """
+    """The projector saved in `folder`, of the registered class that its configuration names."""
     known = {projector.__name__: projector for projector in PROJECTORS.values()}
     class_name = saved_class_name(Path(folder))
     if class_name is None:
@@ -111,12 +105,8 @@ def load_projector(folder: str | Path) -> nn.Module:
 
 
 def build_schedule(literal: float | str | Mapping[str, Any] | Sequence[Any] | Schedule) -> Schedule:
-    """A weight schedule: a number, a literal such as `{"name": "hard_stop", "step": 250000}`, or a list of factors.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
-    """
-    if isinstance(literal, Mapping) and literal.get("name") == Product.name:
+    """A weight schedule: a number, a literal such as `{"name": "hard_stop", "step": 250000}`, or a list of factors."""
+    if isinstance(literal, Mapping) and literal.get("name") == "product":
         _check_keys("schedule 'product'", {key: literal[key] for key in literal if key != "name"}, Product)
         literal = literal["factors"]
         if isinstance(literal, str) or not isinstance(literal, Sequence):
@@ -134,11 +124,7 @@ def build_schedule(literal: float | str | Mapping[str, Any] | Sequence[Any] | Sc
 
 
 def build_target_transform(literal: str | Mapping[str, Any] | TokenTransform | None) -> TokenTransform | None:
-    """What is done to the target's tokens first, for instance `{"name": "spatial_norm", "alpha": 0.6}`, or None.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
-    """
+    """What is done to the target's tokens first, for instance `{"name": "spatial_norm", "alpha": 0.6}`, or None."""
     if literal is None:
         return None
     transform = _build("target_transform", literal, TARGET_TRANSFORMS)
@@ -160,9 +146,6 @@ def build_terms(
             weight alone as a number. Where the objective is left out, the term's name is the objective's. A target
             that is another tap is written `{"tap": name, "detach": true, "projector": null}`.
         target_transform (*optional*): for the terms that have none of their own and a teacher as target.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that cannot work.
     """
     if not isinstance(literals, Mapping):
         raise ConfigurationError(

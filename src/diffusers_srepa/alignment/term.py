@@ -138,10 +138,6 @@ class AlignmentTerm:
         """The weight as a function of the step."""
         return as_schedule(self.weight)
 
-    def stopped(self, step: float) -> bool:
-        """Whether the term's weight is 0 at `step` and for ever after."""
-        return self.schedule.stopped(step)
-
 
 def _check_name(what: str, name: object, optional: bool = False, other: str = "") -> None:
     if not isinstance(name, str) and not (optional and name is None):

@@ -208,23 +208,22 @@ class Teacher(nn.Module):
         # Not `inference_mode`: a loss could not save such tensors for its backward pass.
         with torch.inference_mode(False), torch.no_grad():
             images = images.to(device=self.device, dtype=torch.float32)
-            self._check_range_once(images)
-            return self._features(images, grid)
+            if not torch.compiler.is_compiling() and (images.device.type == "cpu" or not self._range_is_known):
+                check_range(images)
+                self._range_is_known = True
+            tokens = self._tokens(images, grid).float()
+            num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
+            if tokens.shape[1] != num_tokens:
+                raise ValueError(
+                    f"the teacher {self.name_or_path!r} returned {tokens.shape[1]} tokens for a grid of {grid[0]} x "
+                    f"{grid[1]} with {self.num_prefix_tokens} class and register tokens, which makes {num_tokens}."
+                )
+            class_token = tokens[:, 0] if self.has_class_token else None
+            return TeacherFeatures(tokens[:, self.num_prefix_tokens :], grid, class_token)
 
     def extra_repr(self) -> str:
         """What `print(teacher)` says beside the tower."""
         return f"model_type={self.model_type!r}, grid={self.grid}, input_size={self.input_size}, layer={self.layer}"
-
-    def _features(self, images: torch.Tensor, grid: Grid) -> TeacherFeatures:
-        tokens = self._tokens(images, grid).float()
-        num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
-        if tokens.shape[1] != num_tokens:
-            raise ValueError(
-                f"the teacher {self.name_or_path!r} returned {tokens.shape[1]} tokens for a grid of {grid[0]} x "
-                f"{grid[1]} with {self.num_prefix_tokens} class and register tokens, which makes {num_tokens}."
-            )
-        class_token = tokens[:, 0] if self.has_class_token else None
-        return TeacherFeatures(tokens[:, self.num_prefix_tokens :], grid, class_token)
 
     def _tokens(self, images: torch.Tensor, grid: Grid) -> torch.Tensor:
         """All tokens of the tower, prefix tokens first, shape `(B, P + h * w, D)`."""
@@ -241,21 +240,13 @@ class Teacher(nn.Module):
         finally:
             self.tap.disarm()
 
-    def _check_range_once(self, images: torch.Tensor) -> None:
-        if torch.compiler.is_compiling() or (self._range_is_known and images.device.type != "cpu"):
-            return
-        check_range(images)
-        self._range_is_known = True
-
+    @torch.no_grad()
     def _prefix(self, num_register_tokens: int) -> tuple[bool, int]:
         """Whether token 0 is a class token, and the number of tokens before the patches."""
-        if self.family.has_class_token is not None:
-            return self.family.has_class_token, int(self.family.has_class_token) + num_register_tokens
-        return self._count_prefix(num_register_tokens)
-
-    @torch.no_grad()
-    def _count_prefix(self, num_register_tokens: int) -> tuple[bool, int]:
-        """The generic rule: run the tower once and count what exceeds the grid."""
+        has_class_token = self.family.has_class_token
+        if has_class_token is not None:
+            return has_class_token, int(has_class_token) + num_register_tokens
+        # The generic rule: run the tower once and count what exceeds the grid.
         name = f"the teacher {self.name_or_path!r} of the unknown type {self.model_type!r}"
         try:
             tokens = self._tokens(torch.zeros(1, 3, *self.input_size, device=self.device), self.grid)

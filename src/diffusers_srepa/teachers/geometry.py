@@ -25,8 +25,7 @@ class TowerGeometry:
 def read_geometry(config: Any, name_or_path: str) -> TowerGeometry:
     """Read a config of `transformers`; a dual encoder's `vision_config` is used where there is one.
 
-    Raises:
-        ConfigurationError: it is not the config of a vision transformer on three-channel images with square patches.
+    A `ConfigurationError` says what is not that of a vision transformer on three-channel images with square patches.
     """
     vision = getattr(config, "vision_config", None) or config
     model_type = getattr(config, "model_type", None)

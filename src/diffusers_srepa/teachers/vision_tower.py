@@ -24,11 +24,7 @@ UNUSED_WEIGHTS = ("mask_token", "pooler.dense.weight", "pooler.dense.bias")
 
 
 def load_config(source: TeacherSource) -> Any:
-    """The config object of a repository, without running code that comes with it.
-
-    Raises:
-        ConfigurationError: it cannot be read, or its model type is unknown to the installed `transformers`.
-    """
+    """The config object of a repository, without running code that comes with it."""
     try:
         return transformers.AutoConfig.from_pretrained(
             source.name_or_path, trust_remote_code=False, **source.hub_arguments
@@ -38,11 +34,7 @@ def load_config(source: TeacherSource) -> Any:
 
 
 def load_tower(source: TeacherSource, family: TeacherFamily, dtype: torch.dtype) -> nn.Module:
-    """Load the vision tower of `source` with weights of `dtype`.
-
-    Raises:
-        ConfigurationError: the weights cannot be read, or some that the tower needs are not in the file.
-    """
+    """Load the vision tower of `source` with weights of `dtype`."""
     arguments = {"dtype": dtype, "output_loading_info": True} | source.hub_arguments | dict(family.class_arguments)
     if family.vision_class is None:
         arguments["trust_remote_code"] = False
@@ -60,11 +52,7 @@ def load_tower(source: TeacherSource, family: TeacherFamily, dtype: torch.dtype)
 
 
 def check_complete(report: dict[str, Any], name_or_path: str) -> None:
-    """Refuse a tower of which some weights stayed random: `transformers` only warns.
-
-    Raises:
-        ConfigurationError: a weight that the forward needs was not in the checkpoint.
-    """
+    """Refuse a tower of which some weights that the forward needs stayed random: `transformers` only warns."""
     missing = sorted(key for key in report["missing_keys"] if not key.endswith(UNUSED_WEIGHTS))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -78,9 +66,6 @@ def find_blocks(tower: nn.Module, num_layers: int) -> nn.ModuleList:
     """The list of transformer blocks of `tower`: its first `ModuleList` of `num_layers` entries.
 
     Found by structure because its name differs between families and between versions of `transformers`.
-
-    Raises:
-        ConfigurationError: there is no such list.
     """
     for module in tower.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:

@@ -57,11 +57,6 @@ def choose_mse_form(num_tokens: int, student_dim: int, teacher_dim: int) -> str:
 
     The Gram form takes `N^2 (D_T + 2 D_S)`, the feature form `N (D_T^2 + 2 D_T D_S + 2 D_S^2)`: at equal widths the
     feature form wins for `N > 5/3 D`. Both save some of them by symmetry.
-
-    Args:
-        num_tokens (`int`): N.
-        student_dim (`int`): D_S.
-        teacher_dim (`int`): D_T.
     """
     feature_cost = teacher_dim**2 + 2 * teacher_dim * student_dim + 2 * student_dim**2
     return "feature" if num_tokens * (teacher_dim + 2 * student_dim) > feature_cost else "gram"

@@ -14,14 +14,7 @@ from diffusers_srepa.alignment.gram.normalize import normalize_tokens
 
 
 def cosine_gram(tokens: torch.Tensor) -> torch.Tensor:
-    """Pairwise cosine similarities (Eq. 5).
-
-    Args:
-        tokens (`torch.Tensor`): raw tokens of shape `(B, N, D)`.
-
-    Returns:
-        `torch.Tensor`: shape `(B, N, N)`.
-    """
+    """Pairwise cosine similarities `(B, N, N)` of raw tokens `(B, N, D)` (Eq. 5)."""
     normalized = normalize_tokens(tokens)
     return torch.bmm(normalized, normalized.transpose(1, 2))
 
@@ -34,15 +27,7 @@ def off_diagonal(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def reference_gram_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
-    """Squared difference of the cosine Gram matrices, mean over `i != j` (Eq. 6).
-
-    Args:
-        student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, N >= 2.
-        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)`.
-
-    Returns:
-        `torch.Tensor`: one value per sample, shape `(B,)`.
-    """
+    """Squared difference of the cosine Gram matrices, mean over `i != j` (Eq. 6), per sample; see `gram_mse_loss`."""
     student = off_diagonal(cosine_gram(student_tokens))
     teacher = off_diagonal(cosine_gram(teacher_tokens.detach()))
     return (teacher - student).square().mean(dim=(1, 2))
@@ -55,18 +40,10 @@ def reference_gram_kl(
     tau_student: float = 0.2,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """KL divergence of the student's neighbour distribution from the teacher's (Eq. 7 and 8).
+    """KL divergence of the student's neighbour distribution from the teacher's (Eq. 7 and 8), see `gram_kl_loss`.
 
-    Args:
-        student_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_S)`, N >= 2.
-        teacher_tokens (`torch.Tensor`): raw tokens of shape `(B, N, D_T)`.
-        tau_teacher (`float`): temperature of the teacher's softmax.
-        tau_student (`float`): temperature of the student's softmax.
-        reduction (`str`): `"mean"` averages over tokens (Eq. 8); `"batchmean"` sums over them, which is what the
-            reduction of that name does to the three-dimensional input of Algorithm 1.
-
-    Returns:
-        `torch.Tensor`: one value per sample, shape `(B,)`.
+    The reduction `"batchmean"` sums over tokens, as that of this name does to the three-dimensional input of
+    Algorithm 1.
     """
     teacher = off_diagonal(cosine_gram(teacher_tokens.detach()))
     student = off_diagonal(cosine_gram(student_tokens))

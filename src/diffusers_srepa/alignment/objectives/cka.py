@@ -26,7 +26,6 @@ class CKAAlignment(AlignmentObjective):
     min_tokens: ClassVar[int] = 2
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
         return 1.0 - linear_cka(student, target)
 
 

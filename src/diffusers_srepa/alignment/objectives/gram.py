@@ -43,7 +43,6 @@ class GramMSEAlignment(AlignmentObjective):
         check_choice("form", self.form, MSE_FORMS)
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
         return compute_gram_mse(student, target, self.form)
 
 
@@ -81,7 +80,6 @@ class GramKLAlignment(AlignmentObjective):
         check_choice("form", self.form, KL_FORMS)
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
         return compute_gram_kl(student, target, self.tau_teacher, self.tau_student, self.reduction, self.form)
 
 
@@ -113,7 +111,6 @@ class PositiveGramAlignment(AlignmentObjective):
         check_choice("remove", self.remove, ("both", "teacher"))
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
         student_gram, target_gram = cosine_gram(student), cosine_gram(target)
         if self.remove == "both":
             student_gram = student_gram.masked_fill(student_gram < 0, 0.0)
@@ -144,6 +141,5 @@ class DistanceMarginAlignment(AlignmentObjective):
         check_number(self, "margin", 0.0)
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
         difference = cosine_gram(student) - cosine_gram(target)
         return F.relu(difference.abs() - self.margin).mean(dim=(1, 2))

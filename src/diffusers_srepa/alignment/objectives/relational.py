@@ -23,7 +23,6 @@ class RKDDistanceAlignment(AlignmentObjective):
     min_tokens: ClassVar[int] = 2
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D_S)` and `(B, N, D_T)` to `(B,)`."""
         num_tokens = student.shape[1]
         # Distances of a token to itself are equal, 0, and add nothing to the sum.
         penalty = F.huber_loss(_relative_distances(student), _relative_distances(target), reduction="none")
@@ -31,13 +30,9 @@ class RKDDistanceAlignment(AlignmentObjective):
 
 
 def squared_distances(rows: torch.Tensor) -> torch.Tensor:
-    """`|x_i - x_j|^2` of all pairs, through inner products; the diagonal is exactly 0, nothing is negative.
+    """`|x_i - x_j|^2` of all pairs of rows `(..., N, D)`, shape `(..., N, N)`, through inner products.
 
-    Args:
-        rows (`torch.Tensor`): shape `(..., N, D)`.
-
-    Returns:
-        `torch.Tensor`: shape `(..., N, N)`.
+    The diagonal is exactly 0, nothing is negative.
     """
     # Distances do not depend on the origin; near the mean the inner products lose the fewest digits.
     centred = rows - rows.mean(dim=-2, keepdim=True).detach()
