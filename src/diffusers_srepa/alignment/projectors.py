@@ -155,11 +155,7 @@ def save_projector(projector: nn.Module, folder: Path) -> None:
 
 
 def read_projector(projector: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """The state dict for `projector` that `save_projector` wrote.
-
-    Raises:
-        ConfigurationError: the folder holds no weights, or those of another class or of other sizes.
-    """
+    """The state dict that `save_projector` wrote, refused if it is of another class or of other sizes."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise ConfigurationError(
             f"there are no projector weights in {folder}: give the folder that holds {folder.name!r}."
@@ -182,11 +178,7 @@ def read_projector(projector: nn.Module, folder: Path) -> dict[str, torch.Tensor
 
 
 def saved_class_name(folder: Path) -> str | None:
-    """The class that a projector's folder names, None if it holds bare weights.
-
-    Raises:
-        ConfigurationError: its configuration is no valid JSON.
-    """
+    """The class that a projector's folder names, None if it holds bare weights."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None

@@ -20,15 +20,15 @@ from diffusers_srepa.alignment.objectives.batch import (
     DispersiveAlignment,
     SimilarityPreservingAlignment,
 )
-from diffusers_srepa.alignment.objectives.cka import CKAAlignment
-from diffusers_srepa.alignment.objectives.gram import (
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment, LayerSyncAlignment
+from diffusers_srepa.alignment.objectives.relational import (
+    CKAAlignment,
     DistanceMarginAlignment,
     GramKLAlignment,
     GramMSEAlignment,
     PositiveGramAlignment,
+    RKDDistanceAlignment,
 )
-from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment, LayerSyncAlignment
-from diffusers_srepa.alignment.objectives.relational import RKDDistanceAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector, saved_class_name
 from diffusers_srepa.alignment.schedule import (
     Constant,
@@ -82,13 +82,12 @@ SCHEDULES: dict[str, type[Schedule]] = {
 
 def build_objective(literal: str | Mapping[str, Any] | AlignmentObjective) -> AlignmentObjective:
     """An objective, for instance of `"cosine"` or `{"name": "gram_kl", "tau_teacher": 0.2}`."""
-    return _checked("objective", _build("objective", literal, OBJECTIVES), AlignmentObjective, OBJECTIVES)
+    return _build("objective", literal, OBJECTIVES, AlignmentObjective)
 
 
 def build_projector(literal: str | Mapping[str, Any] | nn.Module, in_dim: int, out_dim: int) -> nn.Module:
     """A projector from `in_dim` to `out_dim` wide tokens, of `"mlp"` or `{"name": "conv", "kernel_size": 1}`."""
-    projector = _build("projector", literal, PROJECTORS, in_dim=in_dim, out_dim=out_dim)
-    return _checked("projector", projector, nn.Module, PROJECTORS)
+    return _build("projector", literal, PROJECTORS, nn.Module, in_dim=in_dim, out_dim=out_dim)
 
 
 def load_projector(folder: str | Path) -> nn.Module:
@@ -119,21 +118,15 @@ def build_schedule(literal: float | str | Mapping[str, Any] | Sequence[Any] | Sc
             f"the weight {literal!r} is text: write the number without quotes and with a point, as in 0.5 or 1.0e-3."
         )
     if isinstance(literal, str | Mapping):
-        return _build("schedule", literal, SCHEDULES)
+        return _build("schedule", literal, SCHEDULES, Schedule)
     return as_schedule(literal)
 
 
 def build_target_transform(literal: str | Mapping[str, Any] | TokenTransform | None) -> TokenTransform | None:
     """What is done to the target's tokens first, for instance `{"name": "spatial_norm", "alpha": 0.6}`, or None."""
-    if literal is None:
-        return None
-    transform = _build("target_transform", literal, TARGET_TRANSFORMS)
-    if not callable(transform) or isinstance(transform, type):
-        raise ConfigurationError(
-            f"the target_transform is {describe_value(transform)}, but must be one of "
-            f"{', '.join(TARGET_TRANSFORMS)}, a mapping with the key name, or a function of a TokenMap."
-        )
-    return transform
+    if literal is None or (callable(literal) and not isinstance(literal, type)):
+        return literal
+    return _build("target_transform", literal, TARGET_TRANSFORMS, None)
 
 
 def build_terms(
@@ -188,10 +181,16 @@ def _build_tap(name: str, literal: Mapping[str, Any]) -> Tap:
     return Tap(literal["tap"], literal.get("detach", True), literal.get("projector"))
 
 
-def _build(kind: str, literal: Any, registry: Mapping[str, type], **given: Any) -> Any:
-    """The object that `literal` describes; what is neither a name nor a mapping is taken for the object itself."""
-    if not isinstance(literal, str | Mapping):
+def _build(kind: str, literal: Any, registry: Mapping[str, type], wanted: type | None, **given: Any) -> Any:
+    """The object that `literal` describes, or `literal` itself if it is a `wanted` (None: a function of tokens)."""
+    if wanted is not None and isinstance(literal, wanted):
         return literal
+    if not isinstance(literal, str | Mapping):
+        other = "a function of a TokenMap" if wanted is None else f"an object of the class {wanted.__name__}"
+        raise ConfigurationError(
+            f"the {kind} is {describe_value(literal)}, but must be one of {', '.join(registry)}, a mapping with the "
+            f"key name, or {other}."
+        )
     arguments = {"name": literal} if isinstance(literal, str) else dict(literal)
     if "name" not in arguments:
         raise ConfigurationError(
@@ -213,16 +212,6 @@ def _build(kind: str, literal: Any, registry: Mapping[str, type], **given: Any) 
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(f"the {kind} {name!r} cannot be built: {one_line(error)}.") from error
-
-
-def _checked(kind: str, found: Any, wanted: type, registry: Mapping[str, type]) -> Any:
-    """What a literal stood for, or the object itself, if it is a `wanted`."""
-    if isinstance(found, wanted):
-        return found
-    raise ConfigurationError(
-        f"the {kind} is {describe_value(found)}, but must be one of {', '.join(registry)}, a mapping with "
-        f"the key name, or an object of the class {wanted.__name__}."
-    )
 
 
 def _is_number(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from diffusers_srepa.teachers.families import (
     family_of,
     interpolating_inputs,
 )
-from diffusers_srepa.teachers.geometry import read_geometry
 from diffusers_srepa.teachers.moco_v3 import WEIGHT_NAMES, load_moco_v3
 from diffusers_srepa.teachers.position_table import install_position_table
 from diffusers_srepa.teachers.preprocessing import (
@@ -32,7 +32,7 @@ from diffusers_srepa.teachers.preprocessing import (
     resize_images,
 )
 from diffusers_srepa.teachers.source import TeacherSource
-from diffusers_srepa.teachers.vision_tower import find_blocks, load_config, load_tower
+from diffusers_srepa.teachers.vision_tower import find_blocks, load_config, load_tower, read_geometry
 from diffusers_srepa.tokens import Grid, TeacherFeatures, check_grid
 
 
@@ -267,7 +267,7 @@ class Teacher(nn.Module):
 
 def _load(source: TeacherSource, weight_name: str | None, dtype: torch.dtype) -> tuple[nn.Module, TeacherFamily]:
     """The tower and its row: MoCo-v3 weights carry no config, everything else is chosen by `model_type`."""
-    if source.is_file:
+    if Path(source.name_or_path).is_file():
         return load_moco_v3(source.name_or_path, dtype), TABLE[MOCO_V3]
     config = source.read_config() if weight_name is None else {}
     if "pretrained_cfg" in config:

@@ -78,14 +78,10 @@ def load_statistics(source: TeacherSource, family: TeacherFamily) -> tuple[Stati
     """
     processor = _read_processor(source)
     if processor is None:
+        where = "in the cache of" if source.is_offline else "in"
         logger.warning(
-            "no image processor (%s) is %s %r: images are normalised with mean %s and std %s of %r.",
-            PROCESSOR_FILE,
-            "in the cache of" if source.is_offline else "in",
-            source.name_or_path,
-            family.image_mean,
-            family.image_std,
-            family.model_type,
+            f"no image processor ({PROCESSOR_FILE}) is {where} {source.name_or_path!r}: images are normalised with "
+            f"mean {family.image_mean} and std {family.image_std} of {family.model_type!r}."
         )
         return family.image_mean, family.image_std
     name_or_path = source.name_or_path

@@ -57,11 +57,6 @@ class TeacherSource:
         }
 
     @property
-    def is_file(self) -> bool:
-        """Whether the path is a file of weights."""
-        return Path(self.name_or_path).is_file()
-
-    @property
     def is_offline(self) -> bool:
         """Whether it is on the Hub, which must not be asked: a file outside the cache may or may not exist."""
         return (self.local_files_only or constants.HF_HUB_OFFLINE) and not Path(self.name_or_path).is_dir()

@@ -41,14 +41,9 @@ def normalize_into(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write normalised tokens to reused memory; fresh memory would cost more than the arithmetic.
 
-    Args:
-        out (`torch.Tensor`): contiguous, at least as large as `tokens` in batch and rows; its dtype is that of the
-            computation.
-        tokens (`torch.Tensor`): shape `(B, N, D)`, any float dtype.
-        use_kernels (`bool`, *optional*): whether to use a Triton kernel; where it runs and works if left out.
-
-    Returns:
-        the normalised tokens, a view of `out`, and `1 / |x_i|` or 0, `(B, N, 1)`.
+    `out` is contiguous, at least as large as the tokens `(B, N, D)` in batch and rows, and of the dtype of the
+    computation. `use_kernels` says whether to use a Triton kernel; where it runs and works if left out. Returned are
+    the normalised tokens, a view of `out`, and `1 / |x_i|` or 0, `(B, N, 1)`.
     """
     normalized = out[: tokens.shape[0], : tokens.shape[1]]
 
@@ -75,13 +70,9 @@ def tangent_gradient_(
 ) -> None:
     """The gradient with respect to raw tokens from the one with respect to normalised tokens, in place.
 
-    For `z = x / |x|` it is `(g - z (z . g)) / |x|`; a zero token has `z = 0` and scale 0 and so gets none.
-
-    Args:
-        gradient (`torch.Tensor`): g, shape `(B, N, D)`, contiguous within a sample; overwritten by the result.
-        normalized (`torch.Tensor`): z, same shape, contiguous within a sample.
-        scale (`torch.Tensor`): `1 / |x|` from `inverse_norms`, times any factor, shape `(B, N, 1)`.
-        use_kernels (`bool`, *optional*): whether to use a Triton kernel; where it runs and works if left out.
+    For `z = x / |x|` it is `(g - z (z . g)) / |x|`; a zero token has `z = 0` and scale 0 and so gets none. Both
+    `gradient` g, overwritten by the result, and `normalized` z are `(B, N, D)`, contiguous within a sample; `scale` is
+    `1 / |x|`, times any factor, `(B, N, 1)`. `use_kernels` is as in `normalize_into`.
     """
 
     def computation(with_kernels: bool) -> None:

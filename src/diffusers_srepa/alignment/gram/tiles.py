@@ -34,22 +34,18 @@ class RowTile:
 
     @property
     def num_rows(self) -> int:
-        """Height of the tile."""
         return self.stop - self.start
 
     @property
     def rows(self) -> slice:
-        """The tile's rows."""
         return slice(self.start, self.stop)
 
     @property
     def columns(self) -> slice:
-        """The tile's columns."""
         return slice(self.start, self.num_tokens)
 
     @property
     def size(self) -> int:
-        """Number of elements of the tile."""
         return self.num_rows * (self.num_tokens - self.start)
 
     def of_scratch(self, scratch: torch.Tensor, num_samples: int) -> torch.Tensor:

@@ -11,8 +11,7 @@ from torch import distributed
 
 from diffusers_srepa.alignment.gram.normalize import normalize_tokens
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective, check_number
-from diffusers_srepa.alignment.objectives.cka import linear_cka
-from diffusers_srepa.alignment.objectives.relational import squared_distances
+from diffusers_srepa.alignment.objectives.relational import linear_cka, squared_distances
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,9 @@ class SimilarityPreservingAlignment(AlignmentObjective):
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         name = type(self).__name__
-        difference = _row_similarities(gather_samples(student, name)) - _row_similarities(gather_samples(target, name))
-        return difference.square().mean()
-
-
-def _row_similarities(tokens: torch.Tensor) -> torch.Tensor:
-    samples = tokens.flatten(1)
-    return normalize_tokens(samples @ samples.mT)
+        samples = [gather_samples(tokens, name).flatten(1) for tokens in (student, target)]
+        student_rows, target_rows = [normalize_tokens(rows @ rows.mT) for rows in samples]
+        return (student_rows - target_rows).square().mean()
 
 
 @dataclass(frozen=True)
