@@ -38,8 +38,12 @@ from diffusers_srepa.alignment.registry import load_projector
 from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.interpolant import get_interpolant
-from diffusers_srepa.visualization.figures import plot_loss_curves, plot_similarity_maps, save_image_grid
-from diffusers_srepa.visualization.similarity import similarity_maps
+from diffusers_srepa.visualization.figures import (
+    plot_loss_curves,
+    plot_similarity_maps,
+    save_image_grid,
+    similarity_maps,
+)
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ _PUBLIC = {
     "AlignmentTerm": "alignment.term",
     "AutoencoderKLLatents": "latents.autoencoder_kl",
     "BatchCKAAlignment": "alignment.objectives.batch",
-    "CKAAlignment": "alignment.objectives.cka",
+    "CKAAlignment": "alignment.objectives.relational",
     "ConfigurationError": "errors",
     "Constant": "alignment.schedule",
     "ConvProjector": "alignment.projectors",
@@ -29,11 +29,11 @@ _PUBLIC = {
     "CosineInterpolant": "interpolant",
     "DataError": "errors",
     "DispersiveAlignment": "alignment.objectives.batch",
-    "DistanceMarginAlignment": "alignment.objectives.gram",
+    "DistanceMarginAlignment": "alignment.objectives.relational",
     "FeatureTap": "hooks",
     "FlowMatchEulerMaruyamaScheduler": "schedulers.scheduling_flow_match_euler_maruyama",
-    "GramKLAlignment": "alignment.objectives.gram",
-    "GramMSEAlignment": "alignment.objectives.gram",
+    "GramKLAlignment": "alignment.objectives.relational",
+    "GramMSEAlignment": "alignment.objectives.relational",
     "HardStop": "alignment.schedule",
     "LayerSyncAlignment": "alignment.objectives.pointwise",
     "LinearDecay": "alignment.schedule",
@@ -43,7 +43,7 @@ _PUBLIC = {
     "MLPProjector": "alignment.projectors",
     "Phase": "training.method",
     "PixelLatents": "latents.pixels",
-    "PositiveGramAlignment": "alignment.objectives.gram",
+    "PositiveGramAlignment": "alignment.objectives.relational",
     "Product": "alignment.schedule",
     "RKDDistanceAlignment": "alignment.objectives.relational",
     "RunConfig": "configuration.training",
@@ -100,13 +100,13 @@ if TYPE_CHECKING:
     from diffusers_srepa.alignment.objectives.batch import (
         SimilarityPreservingAlignment as SimilarityPreservingAlignment,
     )
-    from diffusers_srepa.alignment.objectives.cka import CKAAlignment as CKAAlignment
-    from diffusers_srepa.alignment.objectives.gram import DistanceMarginAlignment as DistanceMarginAlignment
-    from diffusers_srepa.alignment.objectives.gram import GramKLAlignment as GramKLAlignment
-    from diffusers_srepa.alignment.objectives.gram import GramMSEAlignment as GramMSEAlignment
-    from diffusers_srepa.alignment.objectives.gram import PositiveGramAlignment as PositiveGramAlignment
     from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment as CosineAlignment
     from diffusers_srepa.alignment.objectives.pointwise import LayerSyncAlignment as LayerSyncAlignment
+    from diffusers_srepa.alignment.objectives.relational import CKAAlignment as CKAAlignment
+    from diffusers_srepa.alignment.objectives.relational import DistanceMarginAlignment as DistanceMarginAlignment
+    from diffusers_srepa.alignment.objectives.relational import GramKLAlignment as GramKLAlignment
+    from diffusers_srepa.alignment.objectives.relational import GramMSEAlignment as GramMSEAlignment
+    from diffusers_srepa.alignment.objectives.relational import PositiveGramAlignment as PositiveGramAlignment
     from diffusers_srepa.alignment.objectives.relational import RKDDistanceAlignment as RKDDistanceAlignment
     from diffusers_srepa.alignment.projectors import ConvProjector as ConvProjector
     from diffusers_srepa.alignment.projectors import LinearProjector as LinearProjector

@@ -110,11 +110,7 @@ class FeatureTap:
 
 
 def split_index(path: str) -> tuple[str, int | None]:
-    """`"blocks.7:1"` as `("blocks.7", 1)`, `"blocks.7"` as `("blocks.7", None)`.
-
-    Raises:
-        ConfigurationError: it is no text, or what follows the colon is no number.
-    """
+    """`"blocks.7:1"` as `("blocks.7", 1)`, `"blocks.7"` as `("blocks.7", None)`."""
     if not isinstance(path, str):
         raise ConfigurationError(f"the tap is {path!r}, but must be a path such as 'transformer_blocks.7'.")
     name, colon, index = path.partition(":")
@@ -127,11 +123,7 @@ def split_index(path: str) -> tuple[str, int | None]:
 
 
 def select_tensor(output: Any, path: str, index: int | None) -> torch.Tensor:
-    """The tensor that a module returns, or one entry of the tuple that it returns, by default the first.
-
-    Raises:
-        ConfigurationError: that is no tensor, there is no such entry, or several entries could be the tokens.
-    """
+    """The tensor that a module returns, or one entry of the tuple that it returns, by default the first."""
     entries = output if isinstance(output, tuple | list) else (output,)
     if index is not None and index >= len(entries):
         raise ConfigurationError(
@@ -169,11 +161,7 @@ def unwrap_module(module: nn.Module) -> nn.Module:
 
 
 def find_submodule(module: nn.Module, path: str) -> nn.Module:
-    """The submodule of `module` at a dotted `path`, wrappers at every level looked through.
-
-    Raises:
-        ConfigurationError: there is no such submodule; close names or the valid range of a block list are given.
-    """
+    """The submodule of `module` at a dotted `path`, wrappers at every level looked through."""
     current = unwrap_module(module)
     root = type(current).__name__
     if not path:

@@ -132,11 +132,7 @@ _INTERPOLANTS: dict[str, type[Interpolant]] = {path.name: path for path in (Line
 
 
 def get_interpolant(path: str) -> Interpolant:
-    """The interpolant of a path, `"linear"` or `"cosine"`.
-
-    Raises:
-        ConfigurationError: no path has that name.
-    """
+    """The interpolant of a path, `"linear"` or `"cosine"`; a `ConfigurationError` for any other."""
     if path not in _INTERPOLANTS:
         raise ConfigurationError(f"there is no path {path!r}, {close_matches(path, _INTERPOLANTS)} (option `path`).")
     return _INTERPOLANTS[path]()
@@ -156,9 +152,6 @@ def timesteps_from_uniform(
         interpolant (`Interpolant`): the path; it turns a noise-to-data ratio into a time.
         timestep_sampling (`str`): `"uniform"` returns the draws; `"lognormal"` makes sigma / alpha =
             exp(mean + std n) with n ~ N(0, 1), which on the linear path is t = sigmoid(mean + std n).
-
-    Raises:
-        ConfigurationError: no such sampling.
     """
     if timestep_sampling == "uniform":
         return uniform

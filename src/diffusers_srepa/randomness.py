@@ -27,9 +27,7 @@ def seed_for(*key: int | str) -> int:
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded with `seed_for(*key)`."""
-    generator = torch.Generator(device="cpu")
-    generator.manual_seed(seed_for(*key))
-    return generator
+    return torch.Generator(device="cpu").manual_seed(seed_for(*key))
 
 
 def keyed_randn(
@@ -40,10 +38,9 @@ def keyed_randn(
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Standard normal numbers for the samples at `positions` of the global batch of `step`.
+    """Standard normal numbers, CPU, `(len(positions), *shape)`, for the samples at `positions` of the batch of `step`.
 
-    Returns:
-        `torch.Tensor` on the CPU of shape `(len(positions), *shape)`; row i depends on `positions[i]` alone.
+    Row i depends on `positions[i]` alone.
     """
     rows = [
         torch.randn(tuple(shape), generator=keyed_generator(seed, stream, step, position), dtype=dtype)

@@ -134,11 +134,7 @@ class TeacherFeatures:
 
 
 def check_grid(grid: object, what: str) -> tuple[int, int]:
-    """A grid as `(rows, columns)`; `what` names it in the error.
-
-    Raises:
-        ConfigurationError: it is not two positive whole numbers.
-    """
+    """A grid as `(rows, columns)`; a `ConfigurationError`, in which `what` names it, if it is something else."""
     # Symbolic sizes of torch.compile are no `int`.
     if isinstance(grid, tuple | list | torch.Size) and len(grid) == 2:
         if all(isinstance(n, int | torch.SymInt) and not isinstance(n, bool) and n > 0 for n in grid):
@@ -147,16 +143,10 @@ def check_grid(grid: object, what: str) -> tuple[int, int]:
 
 
 def resize_token_map(token_map: TokenMap, grid: tuple[int, int], mode: str = "area") -> TokenMap:
-    """Resample the patch tokens to another grid; prefix tokens stay as they are.
+    """Resample the patch tokens to another grid `(h, w)`; prefix tokens stay as they are.
 
-    Args:
-        token_map (`TokenMap`): tokens on any grid.
-        grid (`tuple[int, int]`): the new `(h, w)`.
-        mode (`str`): `"area"` averages the tokens that fall into a new cell (for shrinking), `"bilinear"`
-            interpolates, antialiased when shrinking.
-
-    Raises:
-        ValueError: `mode` is neither.
+    The mode `"area"` averages the tokens that fall into a new cell (for shrinking), `"bilinear"` interpolates,
+    antialiased when shrinking.
     """
     if mode not in ("area", "bilinear"):
         raise ValueError(f"the resize mode must be 'area' or 'bilinear', but is {mode!r}.")

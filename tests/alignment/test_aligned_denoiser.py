@@ -13,8 +13,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser, infer_grid
 from diffusers_srepa.alignment.loss import AlignmentLoss
-from diffusers_srepa.alignment.objectives.gram import GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramMSEAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
 from diffusers_srepa.alignment.schedule import HardStop
 from diffusers_srepa.alignment.term import AlignmentTerm, Tap

@@ -11,8 +11,8 @@ from torch import nn
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.alignment.loss import AlignmentLoss
-from diffusers_srepa.alignment.objectives.gram import DistanceMarginAlignment, GramKLAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import DistanceMarginAlignment, GramKLAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
 from diffusers_srepa.alignment.spatial_norm import SpatialNorm
 from diffusers_srepa.alignment.term import AlignmentTerm, Tap

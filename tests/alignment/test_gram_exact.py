@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from diffusers_srepa.alignment.gram import tiles
-from diffusers_srepa.alignment.gram.losses import choose_mse_form, gram_kl_loss, gram_mse_loss
-from diffusers_srepa.alignment.gram.reference import cosine_gram, reference_gram_kl, reference_gram_mse
+from diffusers_srepa.alignment.gram.losses import (
+    choose_mse_form,
+    cosine_gram,
+    gram_kl_loss,
+    gram_mse_loss,
+    reference_gram_kl,
+    reference_gram_mse,
+)
 
 
 NUM_TOKENS = [2, 3, 7, 16, 33, 64, 129, 256, 1024, pytest.param(4096, marks=pytest.mark.slow)]

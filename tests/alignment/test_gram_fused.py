@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from diffusers_srepa.alignment.gram import kl, tiles, triton_launch
-from diffusers_srepa.alignment.gram.losses import gram_kl_loss, gram_mse_loss
+from diffusers_srepa.alignment.gram.losses import gram_kl_loss, gram_mse_loss, reference_gram_kl, reference_gram_mse
 from diffusers_srepa.alignment.gram.normalize import normalize_into, tangent_gradient_
-from diffusers_srepa.alignment.gram.reference import reference_gram_kl, reference_gram_mse
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from diffusers_srepa.alignment.gram import kl, mse
 from diffusers_srepa.alignment.gram.losses import gram_kl_loss, gram_mse_loss
 from diffusers_srepa.alignment.gram.mse import full_precision_products
-from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.tokens import TokenMap
 from tests.helpers.algorithm_1 import algorithm_1
 

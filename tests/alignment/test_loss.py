@@ -8,8 +8,8 @@ import torch
 
 from diffusers_srepa.alignment.loss import AlignmentLoss
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.schedule import HardStop, WarmUp
 from diffusers_srepa.alignment.spatial_norm import SpatialNorm
 from diffusers_srepa.alignment.term import AlignmentTerm, Tap

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from diffusers_srepa.alignment.gram.losses import gram_kl_loss, gram_mse_loss
-from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.tokens import TokenMap
 
 

@@ -11,10 +11,14 @@ from diffusers_srepa.alignment.objectives.batch import (
     DispersiveAlignment,
     SimilarityPreservingAlignment,
 )
-from diffusers_srepa.alignment.objectives.cka import CKAAlignment
-from diffusers_srepa.alignment.objectives.gram import DistanceMarginAlignment, GramMSEAlignment, PositiveGramAlignment
 from diffusers_srepa.alignment.objectives.pointwise import LayerSyncAlignment
-from diffusers_srepa.alignment.objectives.relational import RKDDistanceAlignment
+from diffusers_srepa.alignment.objectives.relational import (
+    CKAAlignment,
+    DistanceMarginAlignment,
+    GramMSEAlignment,
+    PositiveGramAlignment,
+    RKDDistanceAlignment,
+)
 from diffusers_srepa.tokens import TokenMap
 
 

@@ -17,7 +17,7 @@ from diffusers_srepa.alignment.objectives.batch import (
     DispersiveAlignment,
     SimilarityPreservingAlignment,
 )
-from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
+from diffusers_srepa.alignment.objectives.relational import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.tokens import TokenMap
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.presets import (
     DEFAULT_PRESET,
     METHOD_PRESETS,

@@ -10,8 +10,8 @@ from torch import nn
 
 from diffusers_srepa.alignment import objectives
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective
-from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
 from diffusers_srepa.alignment.registry import (
     OBJECTIVES,

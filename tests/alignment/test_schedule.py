@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from diffusers_srepa.alignment import registry
 from diffusers_srepa.alignment.registry import build_schedule
 from diffusers_srepa.alignment.schedule import (
     Constant,
@@ -88,7 +89,8 @@ def literal(schedule):
     values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
     if isinstance(schedule, Product):
         values = {"factors": [literal(factor) for factor in schedule.factors]}
-    return {"name": schedule.name} | values
+    names = {schedule_type: name for name, schedule_type in registry.SCHEDULES.items()}
+    return {"name": names[type(schedule)]} | values
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)

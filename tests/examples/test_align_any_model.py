@@ -21,8 +21,8 @@ from torch import nn
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.alignment.loss import AlignmentLoss
-from diffusers_srepa.alignment.objectives.gram import GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramMSEAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector
 from diffusers_srepa.tokens import TeacherFeatures
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from diffusers_srepa.alignment.gram.reference import off_diagonal
+from diffusers_srepa.alignment.gram.losses import off_diagonal
 
 
 def algorithm_1(

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.alignment.loss import AlignmentLoss
-from diffusers_srepa.alignment.objectives.gram import GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramMSEAlignment
 from diffusers_srepa.alignment.projectors import MLPProjector
 from diffusers_srepa.tokens import TeacherFeatures
 

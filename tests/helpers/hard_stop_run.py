@@ -9,8 +9,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_srepa.alignment.loss import AlignmentLoss
-from diffusers_srepa.alignment.objectives.gram import GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramMSEAlignment
 from diffusers_srepa.alignment.schedule import HardStop
 from diffusers_srepa.teachers.auto_teacher import Teacher
 from tests.helpers.aligned_step import plain_inputs, plain_student

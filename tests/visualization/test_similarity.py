@@ -4,13 +4,17 @@ import pytest
 import torch
 
 from diffusers_srepa.tokens import TokenMap
-from diffusers_srepa.visualization.similarity import similarity_map, similarity_maps
+from diffusers_srepa.visualization.figures import similarity_maps
 
 
 def _tokens() -> TokenMap:
     # One image, a grid of 2 x 3, in row-major order.
     rows = [[1.0, 0.0], [2.0, 0.0], [-3.0, 0.0], [0.0, 5.0], [3.0, 4.0], [0.0, 0.0]]
     return TokenMap(torch.tensor([rows], dtype=torch.float64), (2, 3))
+
+
+def similarity_map(token_map: TokenMap, anchor: tuple[int, int]) -> torch.Tensor:
+    return similarity_maps(token_map, [anchor]).squeeze(1)
 
 
 def test_values_on_the_grid():

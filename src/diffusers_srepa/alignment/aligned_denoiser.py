@@ -85,9 +85,12 @@ class AlignedDenoiser(nn.Module):
         self.grid = None if grid is None else check_grid(grid, "the grid of an AlignedDenoiser")
         self.patch_size = _config_value(transformer, "patch_size")
         self.has_class_token = _config_value(transformer, "class_token_dim") is not None
-        self.num_prefix_tokens = int(self.has_class_token)
-        if num_prefix_tokens is not None:
-            self.num_prefix_tokens = _check_prefix(num_prefix_tokens)
+        self.num_prefix_tokens = int(self.has_class_token) if num_prefix_tokens is None else num_prefix_tokens
+        if type(self.num_prefix_tokens) is not int or self.num_prefix_tokens < 0:
+            raise ConfigurationError(
+                f"num_prefix_tokens of an AlignedDenoiser is {describe_value(num_prefix_tokens)}, but must be a whole "
+                "number of at least 0."
+            )
         self.stop_features(())
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -203,15 +206,6 @@ def _tap_paths(tap: Any) -> dict[str, str]:
             "'transformer_blocks.7' or a dict {name: path}."
         )
     return dict(paths)
-
-
-def _check_prefix(number: Any) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise ConfigurationError(
-            f"num_prefix_tokens of an AlignedDenoiser is {describe_value(number)}, but must be a whole number of "
-            "at least 0."
-        )
-    return number
 
 
 def infer_grid(num_tokens: int, height: int, width: int) -> Grid | None:

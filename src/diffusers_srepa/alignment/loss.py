@@ -55,7 +55,7 @@ class AlignmentLoss:
 
     def active_terms(self, step: float = 0) -> dict[str, AlignmentTerm]:
         """The terms whose weight is not 0 for good at `step`."""
-        return {name: term for name, term in self.terms.items() if not term.stopped(step)}
+        return {name: term for name, term in self.terms.items() if not term.schedule.stopped(step)}
 
     def features(self, step: float = 0) -> tuple[FeatureKey, ...]:
         """The features of the student that the active terms read: the `features` of an `AlignedDenoiser`."""
@@ -95,7 +95,8 @@ class AlignmentLoss:
         teachers = self._name_teachers(targets, step)
         values = {name: _value(name, term, tokens, teachers) for name, term in active.items()}
         weights = {name: term.schedule(step) for name, term in self.terms.items()}
-        loss = _zero_like(tokens)
+        # In the dtype and on the device of the tokens also where no term is active.
+        loss = next((entry.float().tokens.new_zeros(()) for entry in tokens.values()), torch.zeros(()))
         for name, value in values.items():
             loss = loss + weights[name] * value
         return AlignmentOutput(loss, values, weights)
@@ -222,9 +223,3 @@ def _fit_target(name: str, term: AlignmentTerm, student: TokenMap, target: Token
                 "return a TokenMap: use TokenMap.with_tokens."
             )
     return target
-
-
-def _zero_like(tokens: Mapping[FeatureKey, TokenMap]) -> torch.Tensor:
-    for token_map in tokens.values():
-        return token_map.float().tokens.new_zeros(())
-    return torch.zeros(())

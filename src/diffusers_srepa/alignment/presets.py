@@ -32,17 +32,15 @@ class MethodPreset:
     class_token_weight: float | None = None
 
 
-def _terms(cosine: float = 0.0, gram_mse: float = 0.0, gram_kl: float = 0.0) -> dict[str, dict[str, Any]]:
-    objectives: dict[str, tuple[dict[str, Any], float]] = {
-        "cosine": ({"name": "cosine"}, cosine),
-        "gram_mse": ({"name": "gram_mse"}, gram_mse),
-        "gram_kl": ({"name": "gram_kl", "tau_teacher": 0.2, "tau_student": 0.2}, gram_kl),
-    }
-    return {
-        name: {"objective": objective, "weight": weight} for name, (objective, weight) in objectives.items() if weight
-    }
+def _terms(**weights: float) -> dict[str, dict[str, Any]]:
+    return {name: {"objective": _OBJECTIVES[name], "weight": weight} for name, weight in weights.items()}
 
 
+_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "cosine": {"name": "cosine"},
+    "gram_mse": {"name": "gram_mse"},
+    "gram_kl": {"name": "gram_kl", "tau_teacher": 0.2, "tau_student": 0.2},
+}
 _MLP = {"name": "mlp", "hidden_dim": 2048}
 _CONV = {"name": "conv", "kernel_size": 3}
 _SPATIAL_NORM = {"name": "spatial_norm", "alpha": 0.6}
@@ -84,23 +82,14 @@ def get_preset(name: str) -> MethodPreset:
 
 
 def alignment_preset(name: str) -> dict[str, Any]:
-    """The preset as fresh nested plain values, one entry per field of `MethodPreset`, ready to be merged over.
-
-    Raises:
-        ConfigurationError: there is no such preset.
-    """
+    """As `get_preset`, in fresh nested plain values, one entry per field of `MethodPreset`, to be merged over."""
     return deepcopy(vars(get_preset(name)))
 
 
 def default_depth(num_layers: int, hidden_size: int | None = None) -> int:
     """The block, counted from 1, whose output is aligned by default: 4 for B, 8 for L and XL, else a third.
 
-    Args:
-        num_layers (`int`): number of blocks, >= 1.
-        hidden_size (`int`, *optional*): width of the tokens; without it the number of blocks alone tells the size.
-
-    Raises:
-        ConfigurationError: there is no block.
+    Without the width of the tokens, `hidden_size`, the number of blocks alone tells the size.
     """
     if num_layers < 1:
         raise ConfigurationError(f"the transformer has {num_layers} blocks, but alignment needs at least 1.")

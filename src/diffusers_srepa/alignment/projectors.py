@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -27,7 +27,37 @@ CONFIG_FILE = "config.json"
 Tokens = TypeVar("Tokens", TokenMap, torch.Tensor)
 
 
-class MLPProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class _TokenwiseProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Linear layers, applied to every token, prefix tokens included; a subclass says which module holds them."""
+
+    takes_token_map = True
+    layers_name: ClassVar[str]
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform weights and zero biases, as in REPA and iREPA."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Tokens of shape `(B, P + N, in_dim)` to `(B, P + N, out_dim)`, a `TokenMap` or a tensor.
+
+        Raises:
+            ValueError: they are neither, or have another width.
+        """
+        if isinstance(tokens, TokenMap):
+            return tokens.with_tokens(self(tokens.tokens))
+        if not isinstance(tokens, torch.Tensor):
+            raise ValueError(
+                f"a {type(self).__name__} takes a TokenMap or a tensor of tokens (B, N, D), but got a "
+                f"{type(tokens).__name__}."
+            )
+        _check_width(self, tokens)
+        return getattr(self, self.layers_name)(tokens)
+
+
+class MLPProjector(_TokenwiseProjector):
     """REPA's projector: Linear, SiLU, Linear, SiLU, Linear, applied to every token, prefix tokens included.
 
     Args:
@@ -36,7 +66,7 @@ class MLPProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
         hidden_dim (`int`, *optional*, defaults to 2048): width of the two hidden layers.
     """
 
-    takes_token_map = True
+    layers_name = "layers"
 
     @register_to_config
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048) -> None:
@@ -52,22 +82,8 @@ class MLPProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
         )
         self.initialize_weights()
 
-    def initialize_weights(self) -> None:
-        """Xavier-uniform weights and zero biases, as in REPA."""
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                _initialize_linear(layer)
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Tokens of shape `(B, P + N, in_dim)` to `(B, P + N, out_dim)`, a `TokenMap` or a tensor.
-
-        Raises:
-            ValueError: they are neither, or have another width.
-        """
-        return _per_token(self, self.layers, tokens)
-
-
-class LinearProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LinearProjector(_TokenwiseProjector):
     """One linear layer, applied to every token, prefix tokens included.
 
     Args:
@@ -75,7 +91,7 @@ class LinearProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
         out_dim (`int`): width of the teacher's tokens.
     """
 
-    takes_token_map = True
+    layers_name = "linear"
 
     @register_to_config
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -84,18 +100,6 @@ class LinearProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.in_dim = in_dim
         self.linear = nn.Linear(in_dim, out_dim)
         self.initialize_weights()
-
-    def initialize_weights(self) -> None:
-        """Xavier-uniform weight and zero bias, as in iREPA."""
-        _initialize_linear(self.linear)
-
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Tokens of shape `(B, P + N, in_dim)` to `(B, P + N, out_dim)`, a `TokenMap` or a tensor.
-
-        Raises:
-            ValueError: they are neither, or have another width.
-        """
-        return _per_token(self, self.linear, tokens)
 
 
 class ConvProjector(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -151,11 +155,7 @@ def save_projector(projector: nn.Module, folder: Path) -> None:
 
 
 def read_projector(projector: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """The state dict for `projector` that `save_projector` wrote.
-
-    Raises:
-        ConfigurationError: the folder holds no weights, or those of another class or of other sizes.
-    """
+    """The state dict that `save_projector` wrote, refused if it is of another class or of other sizes."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise ConfigurationError(
             f"there are no projector weights in {folder}: give the folder that holds {folder.name!r}."
@@ -178,11 +178,7 @@ def read_projector(projector: nn.Module, folder: Path) -> dict[str, torch.Tensor
 
 
 def saved_class_name(folder: Path) -> str | None:
-    """The class that a projector's folder names, None if it holds bare weights.
-
-    Raises:
-        ConfigurationError: its configuration is no valid JSON.
-    """
+    """The class that a projector's folder names, None if it holds bare weights."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None
@@ -192,18 +188,6 @@ def saved_class_name(folder: Path) -> str | None:
         raise ConfigurationError(f"{file} is no valid JSON: give the folder of a saved projector.") from None
 
 
-def _per_token(projector: nn.Module, layer: nn.Module, tokens: Tokens) -> Tokens:
-    if isinstance(tokens, TokenMap):
-        return tokens.with_tokens(_per_token(projector, layer, tokens.tokens))
-    if not isinstance(tokens, torch.Tensor):
-        raise ValueError(
-            f"a {type(projector).__name__} takes a TokenMap or a tensor of tokens (B, N, D), but got a "
-            f"{type(tokens).__name__}."
-        )
-    _check_width(projector, tokens)
-    return layer(tokens)
-
-
 def _check_width(projector: Any, tokens: torch.Tensor) -> None:
     """Raise unless the tokens are as wide as the projector was built for."""
     if tokens.shape[-1] != projector.in_dim:
@@ -211,11 +195,6 @@ def _check_width(projector: Any, tokens: torch.Tensor) -> None:
             f"the {type(projector).__name__} was built for tokens of width {projector.in_dim}, but got tokens of "
             f"shape {tuple(tokens.shape)}: set its in_dim to {tokens.shape[-1]}, or tap another module."
         )
-
-
-def _initialize_linear(linear: nn.Linear) -> None:
-    nn.init.xavier_uniform_(linear.weight)
-    nn.init.zeros_(linear.bias)
 
 
 def _check_positive(**sizes: int) -> None:

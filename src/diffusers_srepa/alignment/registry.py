@@ -1,7 +1,8 @@
 """Objectives, projectors, schedules and terms from the plain literals of a configuration file.
 
 A literal is a name, or a mapping with the key `name` and the arguments of the class. An object instead of a literal
-passes through, so third parties need no registration.
+passes through, so third parties need no registration. All functions raise a `ConfigurationError` for an unknown name
+or argument, close ones given, and for a value that the class refuses.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from diffusers_srepa.alignment.objectives.batch import (
     DispersiveAlignment,
     SimilarityPreservingAlignment,
 )
-from diffusers_srepa.alignment.objectives.cka import CKAAlignment
-from diffusers_srepa.alignment.objectives.gram import (
+from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment, LayerSyncAlignment
+from diffusers_srepa.alignment.objectives.relational import (
+    CKAAlignment,
     DistanceMarginAlignment,
     GramKLAlignment,
     GramMSEAlignment,
     PositiveGramAlignment,
+    RKDDistanceAlignment,
 )
-from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment, LayerSyncAlignment
-from diffusers_srepa.alignment.objectives.relational import RKDDistanceAlignment
 from diffusers_srepa.alignment.projectors import ConvProjector, LinearProjector, MLPProjector, saved_class_name
 from diffusers_srepa.alignment.schedule import (
     Constant,
@@ -70,35 +71,27 @@ PROJECTORS: dict[str, type[nn.Module]] = {
 TARGET_TRANSFORMS: dict[str, type] = {"spatial_norm": SpatialNorm}
 
 SCHEDULES: dict[str, type[Schedule]] = {
-    schedule.name: schedule for schedule in (Constant, LinearDecay, CosineDecay, HardStop, WarmUp, Product)
+    "constant": Constant,
+    "linear_decay": LinearDecay,
+    "cosine_decay": CosineDecay,
+    "hard_stop": HardStop,
+    "warm_up": WarmUp,
+    "product": Product,
 }
 
 
 def build_objective(literal: str | Mapping[str, Any] | AlignmentObjective) -> AlignmentObjective:
-    """An objective, for instance of `"cosine"` or `{"name": "gram_kl", "tau_teacher": 0.2}`.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
-    """
-    return _checked("objective", _build("objective", literal, OBJECTIVES), AlignmentObjective, OBJECTIVES)
+    """An objective, for instance of `"cosine"` or `{"name": "gram_kl", "tau_teacher": 0.2}`."""
+    return _build("objective", literal, OBJECTIVES, AlignmentObjective)
 
 
 def build_projector(literal: str | Mapping[str, Any] | nn.Module, in_dim: int, out_dim: int) -> nn.Module:
-    """A projector from width `in_dim` to `out_dim`, for instance of `"mlp"` or `{"name": "conv", "kernel_size": 1}`.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
-    """
-    projector = _build("projector", literal, PROJECTORS, in_dim=in_dim, out_dim=out_dim)
-    return _checked("projector", projector, nn.Module, PROJECTORS)
+    """A projector from `in_dim` to `out_dim` wide tokens, of `"mlp"` or `{"name": "conv", "kernel_size": 1}`."""
+    return _build("projector", literal, PROJECTORS, nn.Module, in_dim=in_dim, out_dim=out_dim)
 
 
 def load_projector(folder: str | Path) -> nn.Module:
-    """The projector saved in `folder`, of the class that its configuration names.
-
-    Raises:
-        ConfigurationError: the folder has no configuration, or names a class that is not registered.
-    """
+    """The projector saved in `folder`, of the registered class that its configuration names."""
     known = {projector.__name__: projector for projector in PROJECTORS.values()}
     class_name = saved_class_name(Path(folder))
     if class_name is None:
@@ -111,12 +104,8 @@ def load_projector(folder: str | Path) -> nn.Module:
 
 
 def build_schedule(literal: float | str | Mapping[str, Any] | Sequence[Any] | Schedule) -> Schedule:
-    """A weight schedule: a number, a literal such as `{"name": "hard_stop", "step": 250000}`, or a list of factors.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
-    """
-    if isinstance(literal, Mapping) and literal.get("name") == Product.name:
+    """A weight schedule: a number, a literal such as `{"name": "hard_stop", "step": 250000}`, or a list of factors."""
+    if isinstance(literal, Mapping) and literal.get("name") == "product":
         _check_keys("schedule 'product'", {key: literal[key] for key in literal if key != "name"}, Product)
         literal = literal["factors"]
         if isinstance(literal, str) or not isinstance(literal, Sequence):
@@ -129,25 +118,15 @@ def build_schedule(literal: float | str | Mapping[str, Any] | Sequence[Any] | Sc
             f"the weight {literal!r} is text: write the number without quotes and with a point, as in 0.5 or 1.0e-3."
         )
     if isinstance(literal, str | Mapping):
-        return _build("schedule", literal, SCHEDULES)
+        return _build("schedule", literal, SCHEDULES, Schedule)
     return as_schedule(literal)
 
 
 def build_target_transform(literal: str | Mapping[str, Any] | TokenTransform | None) -> TokenTransform | None:
-    """What is done to the target's tokens first, for instance `{"name": "spatial_norm", "alpha": 0.6}`, or None.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that the class refuses.
-    """
-    if literal is None:
-        return None
-    transform = _build("target_transform", literal, TARGET_TRANSFORMS)
-    if not callable(transform) or isinstance(transform, type):
-        raise ConfigurationError(
-            f"the target_transform is {describe_value(transform)}, but must be one of "
-            f"{', '.join(TARGET_TRANSFORMS)}, a mapping with the key name, or a function of a TokenMap."
-        )
-    return transform
+    """What is done to the target's tokens first, for instance `{"name": "spatial_norm", "alpha": 0.6}`, or None."""
+    if literal is None or (callable(literal) and not isinstance(literal, type)):
+        return literal
+    return _build("target_transform", literal, TARGET_TRANSFORMS, None)
 
 
 def build_terms(
@@ -160,9 +139,6 @@ def build_terms(
             weight alone as a number. Where the objective is left out, the term's name is the objective's. A target
             that is another tap is written `{"tap": name, "detach": true, "projector": null}`.
         target_transform (*optional*): for the terms that have none of their own and a teacher as target.
-
-    Raises:
-        ConfigurationError: an unknown name or argument, close ones given, or a value that cannot work.
     """
     if not isinstance(literals, Mapping):
         raise ConfigurationError(
@@ -205,10 +181,16 @@ def _build_tap(name: str, literal: Mapping[str, Any]) -> Tap:
     return Tap(literal["tap"], literal.get("detach", True), literal.get("projector"))
 
 
-def _build(kind: str, literal: Any, registry: Mapping[str, type], **given: Any) -> Any:
-    """The object that `literal` describes; what is neither a name nor a mapping is taken for the object itself."""
-    if not isinstance(literal, str | Mapping):
+def _build(kind: str, literal: Any, registry: Mapping[str, type], wanted: type | None, **given: Any) -> Any:
+    """The object that `literal` describes, or `literal` itself if it is a `wanted` (None: a function of tokens)."""
+    if wanted is not None and isinstance(literal, wanted):
         return literal
+    if not isinstance(literal, str | Mapping):
+        other = "a function of a TokenMap" if wanted is None else f"an object of the class {wanted.__name__}"
+        raise ConfigurationError(
+            f"the {kind} is {describe_value(literal)}, but must be one of {', '.join(registry)}, a mapping with the "
+            f"key name, or {other}."
+        )
     arguments = {"name": literal} if isinstance(literal, str) else dict(literal)
     if "name" not in arguments:
         raise ConfigurationError(
@@ -230,16 +212,6 @@ def _build(kind: str, literal: Any, registry: Mapping[str, type], **given: Any) 
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(f"the {kind} {name!r} cannot be built: {one_line(error)}.") from error
-
-
-def _checked(kind: str, found: Any, wanted: type, registry: Mapping[str, type]) -> Any:
-    """What a literal stood for, or the object itself, if it is a `wanted`."""
-    if isinstance(found, wanted):
-        return found
-    raise ConfigurationError(
-        f"the {kind} is {describe_value(found)}, but must be one of {', '.join(registry)}, a mapping with "
-        f"the key name, or an object of the class {wanted.__name__}."
-    )
 
 
 def _is_number(text: str) -> bool:

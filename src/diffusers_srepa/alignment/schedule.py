@@ -10,20 +10,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 from diffusers_srepa.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """A weight >= 0 for every step >= 0.
-
-    Class attributes:
-        name: what the schedule is called in configurations.
-    """
-
-    name: ClassVar[str]
+    """A weight >= 0 for every step >= 0."""
 
     @abstractmethod
     def __call__(self, step: float) -> float:
@@ -52,12 +45,10 @@ class Constant(Schedule):
         value (`float`): the weight, >= 0.
     """
 
-    name: ClassVar[str] = "constant"
-
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_weight("value", self.value)
+        _check_weights(value=self.value)
 
     def __call__(self, step: float) -> float:
         return float(self.value)
@@ -84,14 +75,11 @@ class _Decay(Schedule):
     begin: int = 0
 
     def __post_init__(self) -> None:
-        _check_weight("initial", self.initial)
-        _check_weight("final", self.final)
-        _check_step("begin", self.begin)
-        _check_step("end", self.end)
+        _check_weights(initial=self.initial, final=self.final)
+        _check_steps(begin=self.begin, end=self.end)
         if self.begin >= self.end:
             raise ConfigurationError(
-                f"the {self.name} schedule begins at step {self.begin} and ends at {self.end}: begin must come before "
-                "end."
+                f"the decay schedule begins at step {self.begin} and ends at {self.end}: begin must come before end."
             )
 
     def __call__(self, step: float) -> float:
@@ -117,10 +105,7 @@ class _Decay(Schedule):
 class LinearDecay(_Decay):
     """A straight line from `initial` at step `begin` to `final` at step `end`, constant before and after."""
 
-    name: ClassVar[str] = "linear_decay"
-
     def share_left(self, progress: float) -> float:
-        """`1 - progress`."""
         return 1 - progress
 
 
@@ -128,10 +113,7 @@ class LinearDecay(_Decay):
 class CosineDecay(_Decay):
     """Half a cosine from `initial` at step `begin` to `final` at step `end`, constant before and after."""
 
-    name: ClassVar[str] = "cosine_decay"
-
     def share_left(self, progress: float) -> float:
-        """`(1 + cos(pi * progress)) / 2`."""
         return (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -144,14 +126,12 @@ class HardStop(Schedule):
         value (`float`): the weight before it, >= 0.
     """
 
-    name: ClassVar[str] = "hard_stop"
-
     step: int
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_step("step", self.step)
-        _check_weight("value", self.value)
+        _check_steps(step=self.step)
+        _check_weights(value=self.value)
 
     def __call__(self, step: float) -> float:
         return float(self.value) if step < self.step else 0.0
@@ -170,14 +150,12 @@ class WarmUp(Schedule):
         value (`float`): the weight after it, >= 0.
     """
 
-    name: ClassVar[str] = "warm_up"
-
     num_steps: int
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_step("num_steps", self.num_steps)
-        _check_weight("value", self.value)
+        _check_steps(num_steps=self.num_steps)
+        _check_weights(value=self.value)
         if self.num_steps == 0:
             raise ConfigurationError("the warm_up schedule's num_steps is 0, but must be at least 1.")
 
@@ -196,8 +174,6 @@ class Product(Schedule):
     Args:
         factors (`tuple[Schedule | float, ...]`): at least one.
     """
-
-    name: ClassVar[str] = "product"
 
     factors: tuple[Schedule, ...]
 
@@ -221,18 +197,21 @@ def as_schedule(weight: Schedule | float) -> Schedule:
     Raises:
         ConfigurationError: it is neither, or a negative or non-finite number.
     """
-    if isinstance(weight, Schedule):
-        return weight
-    return Constant(weight)
+    return weight if isinstance(weight, Schedule) else Constant(weight)
 
 
-def _check_weight(name: str, weight: float) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise ConfigurationError(
-            f"{name} of an alignment weight is {weight!r}, but must be a finite number of at least 0 (or a schedule)."
-        )
+def _check_weights(**weights: float) -> None:
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ConfigurationError(
+                f"{name} of an alignment weight is {weight!r}, but must be a finite number of at least 0 (or a "
+                "schedule)."
+            )
 
 
-def _check_step(name: str, step: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ConfigurationError(f"{name} of a weight schedule is {step!r}, but must be a whole number of at least 0.")
+def _check_steps(**steps: int) -> None:
+    for name, step in steps.items():
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ConfigurationError(
+                f"{name} of a weight schedule is {step!r}, but must be a whole number of at least 0."
+            )

@@ -87,10 +87,12 @@ class AlignmentTerm:
         _check_name("the projector of an alignment term", self.projector, optional=True)
         if not isinstance(self.target, Tap):
             _check_name("the target of an alignment term", self.target, optional=True, other=" or a Tap")
-        if self.target_transform is not None and not _is_function(self.target_transform):
+        transform = self.target_transform
+        # A class (an instance forgotten) or an objective would be called in vain.
+        if transform is not None and (not callable(transform) or isinstance(transform, type | AlignmentObjective)):
             raise ConfigurationError(
-                f"the target_transform of an alignment term is {describe_value(self.target_transform)}, but must be a "
-                "function of a TokenMap such as SpatialNorm()."
+                f"the target_transform of an alignment term is {describe_value(transform)}, but must be a function of "
+                "a TokenMap such as SpatialNorm()."
             )
         self.weight = as_schedule(self.weight)
         if not self.objective.needs_target:
@@ -138,20 +140,11 @@ class AlignmentTerm:
         """The weight as a function of the step."""
         return as_schedule(self.weight)
 
-    def stopped(self, step: float) -> bool:
-        """Whether the term's weight is 0 at `step` and for ever after."""
-        return self.schedule.stopped(step)
-
 
 def _check_name(what: str, name: object, optional: bool = False, other: str = "") -> None:
     if not isinstance(name, str) and not (optional and name is None):
         choices = "a name" + other + (" or None" if optional else "")
         raise ConfigurationError(f"{what} is {describe_value(name)}, but must be {choices}.")
-
-
-def _is_function(value: object) -> bool:
-    """Whether it can be called as it is; classes (an instance forgotten) and objectives would be called in vain."""
-    return callable(value) and not isinstance(value, type | AlignmentObjective)
 
 
 def describe_value(value: object) -> str:

@@ -14,6 +14,7 @@ otherwise.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +38,40 @@ _OTHER_WEIGHTS = {1: ("ema.safetensors", ""), 2: ("raw.safetensors", "student.")
 _UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError)
 
 
-def find_folder(source: str | Path) -> Path:
+def find_folder(source: str | Path, patterns: Sequence[str] = (f"{TRANSFORMER}/*", f"{PROJECTORS}/*")) -> Path:
     """The local folder of a pipeline or checkpoint, its transformer and projectors fetched if it is on the Hub.
 
     Args:
         source (`str` or `Path`): folder of a pipeline or of a checkpoint, or Hub id of a pipeline.
+        patterns (`Sequence[str]`): which files are fetched.
 
     Raises:
         ConfigurationError: there is none, or it has no transformer.
     """
-    return _find_folder(source, [f"{TRANSFORMER}/*", f"{PROJECTORS}/*"])
+    folder = Path(source)
+    if folder.is_file():
+        raise ConfigurationError(f"`source` {source} is a file, but must be the folder or Hub id of a pipeline.")
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"there is no pipeline `source` {source} ({one_line(error)}): give a folder or a Hub id."
+            ) from None
+    if not (folder / TRANSFORMER / _CONFIG_FILE).is_file():
+        raise ConfigurationError(
+            f"`source` {source} has no folder {TRANSFORMER} with a {_CONFIG_FILE}: give the folder of a pipeline or a "
+            "checkpoint."
+        )
+    return folder
 
 
 def read_transformer_config(source: str | Path) -> dict[str, Any]:
     """The configuration of a transformer, `_class_name` included; from the Hub only this file is fetched.
 
-    Args:
-        source (`str` or `Path`): folder of a pipeline or of a checkpoint, or Hub id of a pipeline.
-
-    Raises:
-        ConfigurationError: there is none, or it is of a class that is not registered.
+    Args and errors as of `load_transformer`.
     """
-    folder = _find_folder(source, [f"{TRANSFORMER}/{_CONFIG_FILE}"])
+    folder = find_folder(source, [f"{TRANSFORMER}/{_CONFIG_FILE}"])
     config = read_json(folder / TRANSFORMER / _CONFIG_FILE)
     _transformer_class(source, config)
     return config
@@ -129,34 +142,11 @@ def read_weights(folder: Path, module: str, *, raw: bool = False) -> dict[str, t
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file of a pipeline or checkpoint.
-
-    Raises:
-        ConfigurationError: it cannot be read.
-    """
+    """The content of a JSON file of a pipeline or checkpoint."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{file} is no valid JSON ({one_line(error)}): change `source`.") from None
-
-
-def _find_folder(source: str | Path, patterns: list[str]) -> Path:
-    folder = Path(source)
-    if folder.is_file():
-        raise ConfigurationError(f"`source` {source} is a file, but must be the folder or Hub id of a pipeline.")
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"there is no pipeline `source` {source} ({one_line(error)}): give a folder or a Hub id."
-            ) from None
-    if not (folder / TRANSFORMER / _CONFIG_FILE).is_file():
-        raise ConfigurationError(
-            f"`source` {source} has no folder {TRANSFORMER} with a {_CONFIG_FILE}: give the folder of a pipeline or a "
-            "checkpoint."
-        )
-    return folder
 
 
 def _transformer_class(source: str | Path, config: dict[str, Any]) -> Any:

@@ -32,11 +32,7 @@ def register_transformer(transformer_class: type) -> type:
 
 
 def transformer_class(class_name: str) -> Any:
-    """The transformer class of that name.
-
-    Raises:
-        ConfigurationError: there is no such class.
-    """
+    """The transformer class of that name; a `ConfigurationError` if there is none."""
     if class_name not in _TRANSFORMERS:
         raise ConfigurationError(
             f"there is no transformer class {class_name!r}, {close_matches(class_name, _TRANSFORMERS)}"
@@ -46,11 +42,7 @@ def transformer_class(class_name: str) -> Any:
 
 
 def find_preset(name: str) -> tuple[Any, dict[str, Any]]:
-    """The transformer class that has a size called `name`, and that size as keyword arguments.
-
-    Raises:
-        ConfigurationError: no transformer has it.
-    """
+    """The transformer class that has a size called `name`, and that size as keyword arguments."""
     known: list[str] = []
     for class_name in _TRANSFORMERS:
         found = transformer_class(class_name)

@@ -18,11 +18,7 @@ AUTOENCODER_FILE = "autoencoder.json"
 
 
 def check_format(folder: Path) -> None:
-    """Refuse a checkpoint of format 1, which has no `model_index.json` and whose transformer is not the averaged one.
-
-    Raises:
-        ConfigurationError: `folder` is such a checkpoint.
-    """
+    """Refuse a checkpoint of format 1, which has no `model_index.json` and not the averaged transformer."""
     is_checkpoint = (folder / "state.json").is_file() and (folder / "ema.safetensors").is_file()
     if is_checkpoint and not (folder / "model_index.json").is_file():
         raise ConfigurationError(
@@ -32,15 +28,10 @@ def check_format(folder: Path) -> None:
 
 
 def load_autoencoder(folder: Path, **kwargs: Any) -> AutoencoderKL:
-    """The autoencoder that the `autoencoder.json` of a checkpoint names.
+    """The autoencoder that the `autoencoder.json` of a checkpoint names, if its encoder is that of the training.
 
-    Args:
-        folder (`Path`): folder of the checkpoint.
-        kwargs: arguments of `DiffusionPipeline.from_pretrained`, of which `dtype`, `torch_dtype`, `device_map`,
-            `token`, `cache_dir` and `local_files_only` are heeded.
-
-    Raises:
-        ConfigurationError: there is no such autoencoder, or its encoder is not the one of the training.
+    Of the arguments of `DiffusionPipeline.from_pretrained`, `dtype`, `torch_dtype`, `device_map`, `token`, `cache_dir`
+    and `local_files_only` are heeded.
     """
     try:
         reference = json.loads((folder / AUTOENCODER_FILE).read_text(encoding="utf-8"))

@@ -178,19 +178,9 @@ def select_pipeline_files(
     variant: str | None = None,
     use_safetensors: bool | None = None,
 ) -> list[str]:
-    """
-    The files of a repository that a pipeline needs.
+    """The files of a repository that a pipeline with this `model_index.json` needs; see `HubMixin.download`.
 
-    Args:
-        filenames (`Iterable[str]`): all files of the repository.
-        index (`Mapping[str, Any]`): the content of its `model_index.json`.
-        passed_components (`Iterable[str]`): components whose files are not needed.
-        variant (`str`, *optional*): the variant of the weights; a component that lacks it gets its default weights.
-        use_safetensors (`bool`, *optional*): `True` excludes and `False` prefers `.bin` weights, which are otherwise
-            chosen only where there are no others.
-
-    Raises:
-        ValueError: no component has weights of `variant`.
+    `use_safetensors`: `True` excludes and `False` prefers `.bin` weights, else chosen only where there are no others.
     """
     filenames, passed = set(filenames), set(passed_components)
     kinds = {None: ["safetensors", "bin"], True: ["safetensors"], False: ["bin", "safetensors"]}[use_safetensors]

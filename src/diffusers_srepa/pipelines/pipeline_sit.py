@@ -498,9 +498,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "class_token": class_token}
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = tensors[name]
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
                     latents = callback_outputs.pop("latents", latents)
                     class_token = callback_outputs.pop("class_token", class_token)

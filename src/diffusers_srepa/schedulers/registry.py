@@ -12,11 +12,7 @@ SCHEDULER_TITLES = {"euler-maruyama": "Euler-Maruyama (SDE)", "euler": "Euler (O
 
 
 def build_scheduler(name: str, path: str = "linear") -> Any:
-    """The scheduler called `name` for a model that was trained on `path`, `"linear"` or `"cosine"`.
-
-    Raises:
-        ConfigurationError: there is no such scheduler.
-    """
+    """The scheduler called `name` for a model that was trained on `path`, `"linear"` or `"cosine"`."""
     if name not in SCHEDULER_TITLES:
         raise ConfigurationError(f"there is no `scheduler` {name!r}, {close_matches(name, SCHEDULER_TITLES)}")
     if name == "euler":

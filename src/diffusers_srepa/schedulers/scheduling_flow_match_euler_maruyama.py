@@ -7,29 +7,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
 PATH_TYPES = ("linear", "cosine")
-
-
-@dataclass
-class FlowMatchEulerMaruyamaSchedulerOutput(BaseOutput):
-    """
-    Output of [`FlowMatchEulerMaruyamaScheduler.step`].
-
-    Args:
-        prev_sample (`torch.Tensor`):
-            The sample at the next, smaller time; shape, dtype and device of the sample that was passed in.
-    """
-
-    prev_sample: torch.Tensor
 
 
 class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
@@ -103,12 +88,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """
-        Sets the index of the first step, so that `step` need not search for its timestep.
-
-        Args:
-            begin_index (`int`, defaults to 0): an index into `timesteps`.
-        """
+        """Sets the index into `timesteps` of the first step, so that `step` need not search for its timestep."""
         self._begin_index = begin_index
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
@@ -139,16 +119,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
     def index_for_timestep(
         self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
     ) -> int:
-        """
-        The index of `timestep` in the grid.
-
-        Args:
-            timestep (`float` or `torch.Tensor`): one of `timesteps`.
-            schedule_timesteps (`torch.Tensor`, *optional*): another grid to search.
-
-        Raises:
-            ValueError: the grid has no such timestep.
-        """
+        """The index of `timestep` in `timesteps`, or in another grid; a `ValueError` if it is not there."""
         grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
         indices = (grid == (timestep.to(grid.device) if isinstance(timestep, torch.Tensor) else timestep)).nonzero()
         if len(indices) == 0:
@@ -187,7 +158,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> FlowMatchEulerMaruyamaSchedulerOutput | tuple[torch.Tensor]:
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
         """
         One step towards the data.
 
@@ -198,6 +169,9 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or a list of one for each sample, *optional*): the source of the noise.
             variance_noise (`torch.Tensor`, *optional*): standard normal noise to use instead of drawing it.
             return_dict (`bool`, defaults to `True`): whether to return an output object instead of a tuple.
+
+        Returns:
+            [`SchedulerOutput`] or `tuple`: the sample at the next, smaller time; shape, dtype and device of `sample`.
 
         Raises:
             ValueError: `set_timesteps` was not called, every step is done, or `timestep` is an integer index.
@@ -218,7 +192,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         prev_sample = prev_sample.to(sample.dtype)
         if not return_dict:
             return (prev_sample,)
-        return FlowMatchEulerMaruyamaSchedulerOutput(prev_sample=prev_sample)
+        return SchedulerOutput(prev_sample=prev_sample)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

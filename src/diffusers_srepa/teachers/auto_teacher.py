@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from diffusers_srepa.teachers.families import (
     family_of,
     interpolating_inputs,
 )
-from diffusers_srepa.teachers.geometry import read_geometry
 from diffusers_srepa.teachers.moco_v3 import WEIGHT_NAMES, load_moco_v3
 from diffusers_srepa.teachers.position_table import install_position_table
 from diffusers_srepa.teachers.preprocessing import (
@@ -32,7 +32,7 @@ from diffusers_srepa.teachers.preprocessing import (
     resize_images,
 )
 from diffusers_srepa.teachers.source import TeacherSource
-from diffusers_srepa.teachers.vision_tower import find_blocks, load_config, load_tower
+from diffusers_srepa.teachers.vision_tower import find_blocks, load_config, load_tower, read_geometry
 from diffusers_srepa.tokens import Grid, TeacherFeatures, check_grid
 
 
@@ -208,23 +208,22 @@ class Teacher(nn.Module):
         # Not `inference_mode`: a loss could not save such tensors for its backward pass.
         with torch.inference_mode(False), torch.no_grad():
             images = images.to(device=self.device, dtype=torch.float32)
-            self._check_range_once(images)
-            return self._features(images, grid)
+            if not torch.compiler.is_compiling() and (images.device.type == "cpu" or not self._range_is_known):
+                check_range(images)
+                self._range_is_known = True
+            tokens = self._tokens(images, grid).float()
+            num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
+            if tokens.shape[1] != num_tokens:
+                raise ValueError(
+                    f"the teacher {self.name_or_path!r} returned {tokens.shape[1]} tokens for a grid of {grid[0]} x "
+                    f"{grid[1]} with {self.num_prefix_tokens} class and register tokens, which makes {num_tokens}."
+                )
+            class_token = tokens[:, 0] if self.has_class_token else None
+            return TeacherFeatures(tokens[:, self.num_prefix_tokens :], grid, class_token)
 
     def extra_repr(self) -> str:
         """What `print(teacher)` says beside the tower."""
         return f"model_type={self.model_type!r}, grid={self.grid}, input_size={self.input_size}, layer={self.layer}"
-
-    def _features(self, images: torch.Tensor, grid: Grid) -> TeacherFeatures:
-        tokens = self._tokens(images, grid).float()
-        num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
-        if tokens.shape[1] != num_tokens:
-            raise ValueError(
-                f"the teacher {self.name_or_path!r} returned {tokens.shape[1]} tokens for a grid of {grid[0]} x "
-                f"{grid[1]} with {self.num_prefix_tokens} class and register tokens, which makes {num_tokens}."
-            )
-        class_token = tokens[:, 0] if self.has_class_token else None
-        return TeacherFeatures(tokens[:, self.num_prefix_tokens :], grid, class_token)
 
     def _tokens(self, images: torch.Tensor, grid: Grid) -> torch.Tensor:
         """All tokens of the tower, prefix tokens first, shape `(B, P + h * w, D)`."""
@@ -241,21 +240,13 @@ class Teacher(nn.Module):
         finally:
             self.tap.disarm()
 
-    def _check_range_once(self, images: torch.Tensor) -> None:
-        if torch.compiler.is_compiling() or (self._range_is_known and images.device.type != "cpu"):
-            return
-        check_range(images)
-        self._range_is_known = True
-
+    @torch.no_grad()
     def _prefix(self, num_register_tokens: int) -> tuple[bool, int]:
         """Whether token 0 is a class token, and the number of tokens before the patches."""
-        if self.family.has_class_token is not None:
-            return self.family.has_class_token, int(self.family.has_class_token) + num_register_tokens
-        return self._count_prefix(num_register_tokens)
-
-    @torch.no_grad()
-    def _count_prefix(self, num_register_tokens: int) -> tuple[bool, int]:
-        """The generic rule: run the tower once and count what exceeds the grid."""
+        has_class_token = self.family.has_class_token
+        if has_class_token is not None:
+            return has_class_token, int(has_class_token) + num_register_tokens
+        # The generic rule: run the tower once and count what exceeds the grid.
         name = f"the teacher {self.name_or_path!r} of the unknown type {self.model_type!r}"
         try:
             tokens = self._tokens(torch.zeros(1, 3, *self.input_size, device=self.device), self.grid)
@@ -276,7 +267,7 @@ class Teacher(nn.Module):
 
 def _load(source: TeacherSource, weight_name: str | None, dtype: torch.dtype) -> tuple[nn.Module, TeacherFamily]:
     """The tower and its row: MoCo-v3 weights carry no config, everything else is chosen by `model_type`."""
-    if source.is_file:
+    if Path(source.name_or_path).is_file():
         return load_moco_v3(source.name_or_path, dtype), TABLE[MOCO_V3]
     config = source.read_config() if weight_name is None else {}
     if "pretrained_cfg" in config:

@@ -51,31 +51,23 @@ def load_moco_v3(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         ConfigurationError: the file cannot be read safely, or is no plain ViT of a published size.
     """
     state_dict = _bare_state_dict(_read(Path(path)), str(path))
-    config = _config_of(state_dict, str(path))
-    converted = convert_state_dict(state_dict, str(path))
+    arguments: dict[str, Any] = {
+        "config": _config_of(state_dict, str(path)),
+        "state_dict": convert_state_dict(state_dict, str(path)),
+        "add_pooling_layer": False,
+        "dtype": dtype,
+    }
     try:
         with quiet_transformers():
-            loaded: Any = transformers.ViTModel.from_pretrained(
-                None,
-                config=config,
-                state_dict=converted,
-                add_pooling_layer=False,
-                output_loading_info=True,
-                dtype=dtype,
-            )
+            model, report = transformers.ViTModel.from_pretrained(None, output_loading_info=True, **arguments)
     except LOAD_ERRORS as error:
         raise ConfigurationError(f"the MoCo-v3 weights {str(path)!r} do not fit ({one_line(error)}).") from error
-    model, report = loaded
     check_complete(report, str(path))
     return model
 
 
 def convert_state_dict(state_dict: dict[str, torch.Tensor], origin: str = "state dict") -> dict[str, torch.Tensor]:
-    """Rename timm's keys to those of ViT checkpoints on the Hub, with each qkv matrix split into three.
-
-    Raises:
-        ConfigurationError: a key that no plain ViT has.
-    """
+    """Rename timm's keys to those of ViT checkpoints on the Hub, with each qkv matrix split into three."""
     converted: dict[str, torch.Tensor] = {}
     for key, tensor in state_dict.items():
         block = BLOCK_KEY.fullmatch(key)
@@ -97,12 +89,8 @@ def _convert_block_tensor(
 ) -> dict[str, torch.Tensor]:
     prefix = f"encoder.layer.{index}"
     if module == "attn.qkv":
-        names = ("query", "key", "value")
-        parts = tensor.chunk(3, dim=0)
-        return {
-            f"{prefix}.attention.attention.{name}.{kind}": part.contiguous()
-            for name, part in zip(names, parts, strict=True)
-        }
+        parts = zip(("query", "key", "value"), tensor.chunk(3, dim=0), strict=True)
+        return {f"{prefix}.attention.attention.{name}.{kind}": part.contiguous() for name, part in parts}
     # One published ViT-L file calls the layers of its blocks 13 and 14 norm13, fc13, norm14, fc14 (REPA repairs it
     # too): there 13 stands for 1 and 14 for 2.
     module = re.sub(r"(norm|fc)1([34])$", lambda found: found[1] + {"3": "1", "4": "2"}[found[2]], module)

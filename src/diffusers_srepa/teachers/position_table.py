@@ -20,13 +20,7 @@ from diffusers_srepa.tokens import Grid
 def resample_position_table(table: torch.Tensor, old_grid: Grid, new_grid: Grid) -> torch.Tensor:
     """Resample the patch rows of a position table, bicubic and antialiased, in float32; leading rows are kept.
 
-    Args:
-        table (`torch.Tensor`): shape `(1, P + h * w, D)`: P prefix rows, then the patch rows in row-major order.
-        old_grid (`tuple[int, int]`): `(h, w)` of the table.
-        new_grid (`tuple[int, int]`): `(h', w')` wanted.
-
-    Returns:
-        `torch.Tensor` of shape `(1, P + h' * w', D)`, float32.
+    The table `(1, P + h * w, D)` has P prefix rows, then the patch rows of its grid `(h, w)` in row-major order.
     """
     table = table.float()
     if tuple(old_grid) == tuple(new_grid):
@@ -60,11 +54,10 @@ class PositionTable:
         return self.resampled[key]
 
 
-def install_position_table(tower: nn.Module, native_grid: Grid | None, grid: Grid, patch_size: int) -> bool:
+def install_position_table(tower: nn.Module, native_grid: Grid | None, grid: Grid, patch_size: int) -> None:
     """Resample the learned position table of `tower` for `grid`, write it back, and replace the tower's interpolation.
 
-    Returns:
-        `bool`: whether the tower has such a table (towers with rotary embeddings have none).
+    A tower without such a table (with rotary embeddings) is left alone.
     """
     for module in tower.modules():
         table = _table_of(module)
@@ -75,8 +68,7 @@ def install_position_table(tower: nn.Module, native_grid: Grid | None, grid: Gri
         _write_table(module, resampled.to(device=table.device, dtype=table.dtype))
         # Not a closure: `copy.deepcopy` and `pickle` bind a partial to the copied module.
         module.interpolate_pos_encoding = partial(_interpolate_pos_encoding, module)  # type: ignore[assignment]
-        return True
-    return False
+        return
 
 
 def _interpolate_pos_encoding(module: nn.Module, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:

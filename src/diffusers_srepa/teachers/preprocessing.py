@@ -24,11 +24,7 @@ RANGE_TOLERANCE = 0.01
 
 
 def check_images(images: torch.Tensor, grid: tuple[int, int]) -> None:
-    """Refuse anything but a float batch `(B, 3, H, W)` with the aspect ratio of `grid`.
-
-    Raises:
-        ValueError: another type, shape, dtype or aspect ratio.
-    """
+    """Raise `ValueError` for anything but a float batch `(B, 3, H, W)` with the aspect ratio of `grid`."""
     if not isinstance(images, torch.Tensor):
         raise ValueError(
             f"a teacher takes a float tensor of images (B, 3, H, W) in [0, 1], but got {type(images).__name__}."
@@ -50,11 +46,7 @@ def check_images(images: torch.Tensor, grid: tuple[int, int]) -> None:
 
 
 def check_range(images: torch.Tensor) -> None:
-    """Refuse images outside [0, 1]; reads two numbers, so it waits for the device.
-
-    Raises:
-        ValueError: a value below 0 or above 1 (by more than 0.01), or one that is not a number.
-    """
+    """Raise `ValueError` for a value outside [0, 1] by more than 0.01, or NaN; it waits for the device."""
     if images.numel() == 0:
         return
     low, high = (bound.item() for bound in torch.aminmax(images))
@@ -83,38 +75,16 @@ def load_statistics(source: TeacherSource, family: TeacherFamily) -> tuple[Stati
     """Mean and standard deviation from the repository's image processor, or the row's where there is none.
 
     Only the JSON file is read: building the processor would need torchvision for some families.
-
-    Raises:
-        ConfigurationError: the file cannot be read or fetched, or holds something else than three numbers each.
     """
     processor = _read_processor(source)
     if processor is None:
+        where = "in the cache of" if source.is_offline else "in"
         logger.warning(
-            "no image processor (%s) is %s %r: images are normalised with mean %s and std %s of %r.",
-            PROCESSOR_FILE,
-            "in the cache of" if source.is_offline else "in",
-            source.name_or_path,
-            family.image_mean,
-            family.image_std,
-            family.model_type,
+            f"no image processor ({PROCESSOR_FILE}) is {where} {source.name_or_path!r}: images are normalised with "
+            f"mean {family.image_mean} and std {family.image_std} of {family.model_type!r}."
         )
         return family.image_mean, family.image_std
-    return _statistics_of(processor, source.name_or_path, family)
-
-
-def _read_processor(source: TeacherSource) -> dict[str, Any] | None:
-    """The values of the image processor: a file of their own, or an entry of the file of all processors."""
-    path = source.find_file(JOINT_PROCESSOR_FILE)
-    joint = {} if path is None else source.read_json(path)
-    if isinstance(joint.get("image_processor"), dict):
-        return joint["image_processor"]
-    path = source.find_file(PROCESSOR_FILE)
-    return None if path is None else source.read_json(path)
-
-
-def _statistics_of(
-    processor: dict[str, Any], name_or_path: str, family: TeacherFamily
-) -> tuple[Statistics, Statistics]:
+    name_or_path = source.name_or_path
     if not processor.get("do_normalize", True):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     else:
@@ -131,6 +101,16 @@ def _statistics_of(
     if math.isclose(scale, 1.0, rel_tol=1e-3):
         return mean, std
     return _divide(mean, scale), _divide(std, scale)
+
+
+def _read_processor(source: TeacherSource) -> dict[str, Any] | None:
+    """The values of the image processor: a file of their own, or an entry of the file of all processors."""
+    path = source.find_file(JOINT_PROCESSOR_FILE)
+    joint = {} if path is None else source.read_json(path)
+    if isinstance(joint.get("image_processor"), dict):
+        return joint["image_processor"]
+    path = source.find_file(PROCESSOR_FILE)
+    return None if path is None else source.read_json(path)
 
 
 def check_statistics(values: Any, key: str, origin: str) -> Statistics:

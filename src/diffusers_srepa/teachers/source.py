@@ -57,30 +57,17 @@ class TeacherSource:
         }
 
     @property
-    def is_file(self) -> bool:
-        """Whether the path is a file of weights."""
-        return Path(self.name_or_path).is_file()
-
-    @property
     def is_offline(self) -> bool:
         """Whether it is on the Hub, which must not be asked: a file outside the cache may or may not exist."""
         return (self.local_files_only or constants.HF_HUB_OFFLINE) and not Path(self.name_or_path).is_dir()
 
     def read_config(self) -> dict[str, Any]:
-        """The content of `config.json`, empty where there is none.
-
-        Raises:
-            ConfigurationError: the repository or folder cannot be read, or the file is no mapping.
-        """
+        """The content of `config.json`, empty where there is none."""
         path = self._locate("config.json")
         return {} if path is None else self.read_json(path)
 
     def read_json(self, path: str) -> dict[str, Any]:
-        """The mapping in one JSON file of the repository.
-
-        Raises:
-            ConfigurationError: it is no valid JSON, or no mapping.
-        """
+        """The mapping in one JSON file of the repository."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -96,11 +83,7 @@ class TeacherSource:
         return content
 
     def find_file(self, file_name: str) -> str | None:
-        """The local path of one file, downloaded if need be; `None` where there is none, or offline none in the cache.
-
-        Raises:
-            ConfigurationError: the repository or folder cannot be read, or the Hub cannot be reached.
-        """
+        """The local path of one file, downloaded if need be; `None` where there is none, offline none cached."""
         try:
             return self._locate(file_name)
         except ConfigurationError as error:

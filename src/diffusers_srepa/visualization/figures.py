@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+
+from diffusers_srepa.tokens import TokenMap
 
 
 Anchor = tuple[int, int]
@@ -67,7 +70,8 @@ def plot_loss_curves(metrics_file: str | Path, out_png: str | Path, smoothing: f
         _draw_curve(axis, name, points, smoothing)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    return _save(figure, out_png)
+    figure.savefig(_new_file(out_png), facecolor="white")
+    return Path(out_png)
 
 
 def _read_records(file: Path) -> list[dict[str, Any]]:
@@ -167,17 +171,17 @@ def save_image_grid(
         row, column = divmod(index, columns)
         place = (margin + column * (width + gap), gap + row * (height + gap))
         grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), place)
-    return _save_picture(grid, out_png)
+    grid.save(_new_file(out_png), format="PNG")
+    return Path(out_png)
 
 
 def _as_pictures(images: Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
     if isinstance(images, torch.Tensor):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have shape (N, 3, H, W), but have shape {tuple(images.shape)}.")
-        images = [_to_picture(image) for image in images]
     if not len(images):
         raise ValueError("there are no images to show: give at least one.")
-    return [image.convert("RGB") for image in images]
+    return [_to_picture(image) for image in images]
 
 
 def _to_picture(image: Image.Image | torch.Tensor) -> Image.Image:
@@ -205,6 +209,29 @@ def _grid_shape(
 
 
 # --- similarity maps ---
+
+
+def similarity_maps(token_map: TokenMap, anchors: Sequence[Anchor]) -> torch.Tensor:
+    """Cosine similarity of every patch token with those at the anchors: what the structural terms of sREPA compare.
+
+    Args:
+        token_map (`TokenMap`): tokens of any width; prefix tokens play no role.
+        anchors (`Sequence[tuple[int, int]]`): the A anchors, row and column on the token grid, counted from 0.
+
+    Returns:
+        `torch.Tensor`: shape `(B, A, h, w)`, values in [-1, 1], 1 at the anchor; float32, or float64 for float64
+        tokens. A token of zeros has similarity 0 to every token.
+
+    Raises:
+        ValueError: no anchor, or one outside the grid.
+    """
+    if not anchors:
+        raise ValueError("there is no anchor to compare the tokens with: give at least one (row, column).")
+    _check_anchors(anchors, token_map.grid)
+    tokens = F.normalize(token_map.float().patch_tokens, dim=-1)  # (B, N, D)
+    numbers = [row * token_map.grid[1] + column for row, column in anchors]
+    maps = [torch.einsum("bnd,bd->bn", tokens, tokens[:, number]) for number in numbers]
+    return torch.stack(maps, dim=1).clamp(-1, 1).unflatten(2, token_map.grid)
 
 
 def plot_similarity_maps(
@@ -245,7 +272,8 @@ def plot_similarity_maps(
     bar.set_label("cosine similarity with the anchor patch", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11, color=_INK)
-    return _save(figure, out_png)
+    figure.savefig(_new_file(out_png), facecolor="white")
+    return Path(out_png)
 
 
 def _check_maps(maps: Mapping[str, np.ndarray], anchors: Sequence[Anchor]) -> tuple[int, int]:
@@ -258,9 +286,14 @@ def _check_maps(maps: Mapping[str, np.ndarray], anchors: Sequence[Anchor]) -> tu
             f"the maps have shapes {shapes}, but each must be ({len(anchors)}, h, w): one map per anchor, on one grid."
         )
     height, width = next(iter(grids))
+    _check_anchors(anchors, (height, width))
+    return height, width
+
+
+def _check_anchors(anchors: Sequence[Anchor], grid: tuple[int, int]) -> None:
+    height, width = grid
     if any(not (0 <= row < height and 0 <= column < width) for row, column in anchors):
         raise ValueError(f"the anchors {list(anchors)} do not all lie on the grid of {height} x {width}.")
-    return height, width
 
 
 def _draw_image(axis: Any, picture: Image.Image, grid: tuple[int, int], anchor: Anchor) -> None:
@@ -314,15 +347,8 @@ def _new_figure(size: tuple[float, float]) -> Any:
     return figure
 
 
-def _save(figure: Any, out_png: str | Path) -> Path:
+def _new_file(out_png: str | Path) -> Path:
+    """The path of a picture, in a folder that exists."""
     path = Path(out_png)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
-    return path
-
-
-def _save_picture(picture: Image.Image, out_png: str | Path) -> Path:
-    path = Path(out_png)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG")
     return path

@@ -11,13 +11,17 @@ Cosines are at most 1, so the exponentials stay within `exp(+-1 / tau)` and need
 the temperature is not extremely low: below 1/40 they are computed in float64, below 1/300 not here.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 
 from diffusers_srepa.alignment.gram import triton_launch
-from diffusers_srepa.alignment.gram.normalize import compute_dtype, normalize_into, tangent_gradient_
+from diffusers_srepa.alignment.gram.normalize import (
+    compute_dtype,
+    empty_gradient,
+    normalize_into,
+    tangent_gradient_,
+)
 from diffusers_srepa.alignment.gram.tiles import RowTile, add_symmetric_product_, plan_tiles
 
 
@@ -69,36 +73,33 @@ def _forward(
     student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float, form: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses `(B,)` and the row sums of teacher and student, shape `(2, B, N)`."""
-    dtype = _dtype(student, teacher, tau_teacher, tau_student)
-    computation = partial(_forward_pass, student, teacher, tau_teacher, tau_student)
-    return triton_launch.with_fallback(computation, form, student, dtype)
-
-
-def _forward_pass(
-    student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float, use_kernels: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
     num_samples, num_tokens, _ = student.shape
+    dtype = _dtype(student, teacher, tau_teacher, tau_student)
     plan = plan_tiles(student)
-    row_sums = student.new_empty(2, num_samples, num_tokens, dtype=_dtype(student, teacher, tau_teacher, tau_student))
-    losses = row_sums.new_empty(num_samples)
-    student_memory = row_sums.new_empty(plan.chunk_size, num_tokens, student.shape[2])
-    teacher_memory = row_sums.new_empty(plan.chunk_size, num_tokens, teacher.shape[2])
-    scratch = row_sums.new_empty(2 if use_kernels else 3, plan.tile_size)
-    for chunk in plan.chunks():
-        z_student, _ = normalize_into(student_memory, student[chunk], use_kernels)
-        z_teacher, _ = normalize_into(teacher_memory, teacher[chunk], use_kernels)
-        sums = row_sums.new_zeros(len(z_student), 3, num_tokens)
-        for tile in plan.tiles():
-            teacher_logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
-            student_logits = _logits(scratch[1], z_student, tile, tau_student)
-            if use_kernels:
-                triton_launch.add_sums_(sums, teacher_logits, student_logits, tile)
-            else:
-                _add_sums_(sums, teacher_logits, student_logits, tile, scratch[2])
-        teacher_sums, gaps, student_sums = sums.unbind(dim=1)
-        row_sums[0, chunk], row_sums[1, chunk] = teacher_sums, student_sums
-        losses[chunk] = (gaps / teacher_sums - teacher_sums.log() + student_sums.log()).mean(dim=1)
-    return losses.to(compute_dtype(student, teacher)), row_sums
+
+    def computation(use_kernels: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        row_sums = student.new_empty(2, num_samples, num_tokens, dtype=dtype)
+        losses = row_sums.new_empty(num_samples)
+        student_memory = row_sums.new_empty(plan.chunk_size, num_tokens, student.shape[2])
+        teacher_memory = row_sums.new_empty(plan.chunk_size, num_tokens, teacher.shape[2])
+        scratch = row_sums.new_empty(2 if use_kernels else 3, plan.tile_size)
+        for chunk in plan.chunks():
+            z_student, _ = normalize_into(student_memory, student[chunk], use_kernels)
+            z_teacher, _ = normalize_into(teacher_memory, teacher[chunk], use_kernels)
+            sums = row_sums.new_zeros(len(z_student), 3, num_tokens)
+            for tile in plan.tiles():
+                teacher_logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
+                student_logits = _logits(scratch[1], z_student, tile, tau_student)
+                if use_kernels:
+                    triton_launch.add_sums_(sums, teacher_logits, student_logits, tile)
+                else:
+                    _add_sums_(sums, teacher_logits, student_logits, tile, scratch[2])
+            teacher_sums, gaps, student_sums = sums.unbind(dim=1)
+            row_sums[0, chunk], row_sums[1, chunk] = teacher_sums, student_sums
+            losses[chunk] = (gaps / teacher_sums - teacher_sums.log() + student_sums.log()).mean(dim=1)
+        return losses.to(compute_dtype(student, teacher)), row_sums
+
+    return triton_launch.with_fallback(computation, form, student, dtype)
 
 
 @_forward.register_fake
@@ -122,57 +123,39 @@ def _backward(
     form: str,
 ) -> torch.Tensor:
     """The gradient of the losses, weighted by `grad_losses`, with respect to the raw student tokens."""
-    computation = partial(_backward_pass, grad_losses, student, teacher, row_sums, tau_teacher, tau_student)
+    num_tokens = student.shape[1]
+    plan = plan_tiles(student)
+
+    def computation(use_kernels: bool) -> torch.Tensor:
+        gradient = torch.empty(student.shape, dtype=row_sums.dtype, device=student.device)
+        factors = (grad_losses / (num_tokens * tau_student)).view(-1, 1, 1)
+        student_memory = gradient.new_empty(plan.chunk_size, num_tokens, student.shape[2])
+        teacher_memory = gradient.new_empty(plan.chunk_size, num_tokens, teacher.shape[2])
+        scratch = gradient.new_empty(2, plan.tile_size)
+        shares = row_sums.reciprocal()
+        for chunk in plan.chunks():
+            z_student, inverse = normalize_into(student_memory, student[chunk], use_kernels)
+            z_teacher, _ = normalize_into(teacher_memory, teacher[chunk], use_kernels)
+            teacher_shares, student_shares = shares[0, chunk], shares[1, chunk]
+            for tile in plan.tiles():
+                if use_kernels:
+                    block = _logits(scratch[1], z_student, tile, tau_student)
+                    teacher_logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
+                    triton_launch.symmetric_weights_(block, teacher_logits, student_shares, teacher_shares, tile.start)
+                else:
+                    block = tile.of_scratch(scratch[1], len(z_student)).zero_()
+                    exponentials = _mask_diagonal_(_logits(scratch[0], z_student, tile, tau_student)).exp_()
+                    _add_probabilities_(block, exponentials, student_shares, tile, sign=1)
+                    exponentials = _mask_diagonal_(_logits(scratch[0], z_teacher, tile, tau_teacher)).exp_()
+                    _add_probabilities_(block, exponentials, teacher_shares, tile, sign=-1)
+                add_symmetric_product_(gradient[chunk], block, z_student, tile)
+            tangent_gradient_(gradient[chunk], z_student, inverse * factors[chunk], use_kernels)
+        return gradient.to(student.dtype)
+
     return triton_launch.with_fallback(computation, form, student, row_sums.dtype)
 
 
-def _backward_pass(
-    grad_losses: torch.Tensor,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    row_sums: torch.Tensor,
-    tau_teacher: float,
-    tau_student: float,
-    use_kernels: bool,
-) -> torch.Tensor:
-    num_tokens = student.shape[1]
-    plan = plan_tiles(student)
-    gradient = torch.empty(student.shape, dtype=row_sums.dtype, device=student.device)
-    factors = (grad_losses / (num_tokens * tau_student)).view(-1, 1, 1)
-    student_memory = gradient.new_empty(plan.chunk_size, num_tokens, student.shape[2])
-    teacher_memory = gradient.new_empty(plan.chunk_size, num_tokens, teacher.shape[2])
-    scratch = gradient.new_empty(2, plan.tile_size)
-    shares = row_sums.reciprocal()
-    for chunk in plan.chunks():
-        z_student, inverse = normalize_into(student_memory, student[chunk], use_kernels)
-        z_teacher, _ = normalize_into(teacher_memory, teacher[chunk], use_kernels)
-        for tile in plan.tiles():
-            if use_kernels:
-                block = _logits(scratch[1], z_student, tile, tau_student)
-                teacher_logits = _logits(scratch[0], z_teacher, tile, tau_teacher)
-                triton_launch.symmetric_weights_(block, teacher_logits, shares[1, chunk], shares[0, chunk], tile.start)
-            else:
-                block = tile.of_scratch(scratch[1], len(z_student)).zero_()
-                exponentials = _mask_diagonal_(_logits(scratch[0], z_student, tile, tau_student)).exp_()
-                _add_probabilities_(block, exponentials, shares[1, chunk], tile, sign=1)
-                exponentials = _mask_diagonal_(_logits(scratch[0], z_teacher, tile, tau_teacher)).exp_()
-                _add_probabilities_(block, exponentials, shares[0, chunk], tile, sign=-1)
-            add_symmetric_product_(gradient[chunk], block, z_student, tile)
-        tangent_gradient_(gradient[chunk], z_student, inverse * factors[chunk], use_kernels)
-    return gradient.to(student.dtype)
-
-
-@_backward.register_fake
-def _(
-    grad_losses: torch.Tensor,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    row_sums: torch.Tensor,
-    tau_teacher: float,
-    tau_student: float,
-    form: str,
-) -> torch.Tensor:
-    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+_backward.register_fake(empty_gradient)
 
 
 def _dtype(student: torch.Tensor, teacher: torch.Tensor, tau_teacher: float, tau_student: float) -> torch.dtype:

@@ -1,15 +1,20 @@
-"""The structural losses on raw tokens: `gram_mse_loss` and `gram_kl_loss`, each in several equivalent forms."""
+"""The structural losses on raw tokens: `gram_mse_loss` and `gram_kl_loss`, each in several equivalent forms.
+
+The reference forms, at the end, are what the sREPA paper writes, Algorithm 1 and Eq. 5-8, with no shortcut: they build
+every N x N matrix and exist to be read and to test the fast forms against. They differ from the paper's text in one
+point: a token with norm below 1e-6 counts as zero (see `normalize.py`).
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch.nn import functional as F
 
 from diffusers_srepa.alignment.gram.kl import LOWEST_TILED_TEMPERATURE, tiled_gram_kl
 from diffusers_srepa.alignment.gram.mse import feature_form_mse, gram_form_mse
-from diffusers_srepa.alignment.gram.normalize import compute_dtype
-from diffusers_srepa.alignment.gram.reference import reference_gram_kl, reference_gram_mse
+from diffusers_srepa.alignment.gram.normalize import compute_dtype, normalize_tokens
 
 
 MSE_FORMS = ("auto", "gram", "feature", "reference")
@@ -57,11 +62,6 @@ def choose_mse_form(num_tokens: int, student_dim: int, teacher_dim: int) -> str:
 
     The Gram form takes `N^2 (D_T + 2 D_S)`, the feature form `N (D_T^2 + 2 D_T D_S + 2 D_S^2)`: at equal widths the
     feature form wins for `N > 5/3 D`. Both save some of them by symmetry.
-
-    Args:
-        num_tokens (`int`): N.
-        student_dim (`int`): D_S.
-        teacher_dim (`int`): D_T.
     """
     feature_cost = teacher_dim**2 + 2 * teacher_dim * student_dim + 2 * student_dim**2
     return "feature" if num_tokens * (teacher_dim + 2 * student_dim) > feature_cost else "gram"
@@ -158,3 +158,43 @@ def check_tokens(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> 
             f"a structural loss compares pairs of tokens and needs at least 2 of them, but got "
             f"{student_tokens.shape[1]}: use a larger token grid."
         )
+
+
+def cosine_gram(tokens: torch.Tensor) -> torch.Tensor:
+    """Pairwise cosine similarities `(B, N, N)` of raw tokens `(B, N, D)` (Eq. 5)."""
+    normalized = normalize_tokens(tokens)
+    return torch.bmm(normalized, normalized.transpose(1, 2))
+
+
+def off_diagonal(matrices: torch.Tensor) -> torch.Tensor:
+    """The entries `i != j` of `(B, N, N)` as `(B, N, N - 1)`: the mask of Algorithm 1."""
+    batch_size, num_tokens, _ = matrices.shape
+    mask = ~torch.eye(num_tokens, dtype=torch.bool, device=matrices.device)
+    return matrices[:, mask].reshape(batch_size, num_tokens, num_tokens - 1)
+
+
+def reference_gram_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
+    """Squared difference of the cosine Gram matrices, mean over `i != j` (Eq. 6), per sample; see `gram_mse_loss`."""
+    student = off_diagonal(cosine_gram(student_tokens))
+    teacher = off_diagonal(cosine_gram(teacher_tokens.detach()))
+    return (teacher - student).square().mean(dim=(1, 2))
+
+
+def reference_gram_kl(
+    student_tokens: torch.Tensor,
+    teacher_tokens: torch.Tensor,
+    tau_teacher: float = 0.2,
+    tau_student: float = 0.2,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """KL divergence of the student's neighbour distribution from the teacher's (Eq. 7 and 8), see `gram_kl_loss`.
+
+    The reduction `"batchmean"` sums over tokens, as that of this name does to the three-dimensional input of
+    Algorithm 1.
+    """
+    teacher = off_diagonal(cosine_gram(teacher_tokens.detach()))
+    student = off_diagonal(cosine_gram(student_tokens))
+    teacher_probabilities = F.softmax(teacher / tau_teacher, dim=-1)
+    student_log_probabilities = F.log_softmax(student / tau_student, dim=-1)
+    divergence = F.kl_div(student_log_probabilities, teacher_probabilities, reduction="none").sum(dim=-1)
+    return divergence.mean(dim=1) if reduction == "mean" else divergence.sum(dim=1)

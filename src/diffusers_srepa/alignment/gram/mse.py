@@ -20,7 +20,12 @@ from typing import Any
 
 import torch
 
-from diffusers_srepa.alignment.gram.normalize import compute_dtype, normalize_into, tangent_gradient_
+from diffusers_srepa.alignment.gram.normalize import (
+    compute_dtype,
+    empty_gradient,
+    normalize_into,
+    tangent_gradient_,
+)
 from diffusers_srepa.alignment.gram.tiles import (
     add_symmetric_product_,
     add_upper_gram_,
@@ -102,17 +107,11 @@ def _gram_backward(grad_losses: torch.Tensor, student: torch.Tensor, differences
     return gradient.to(student.dtype)
 
 
-@_gram_backward.register_fake
-def _(grad_losses: torch.Tensor, student: torch.Tensor, differences: torch.Tensor) -> torch.Tensor:
-    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+_gram_backward.register_fake(empty_gradient)
 
 
 def feature_form_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
-    """Gram-MSE of raw tokens `(B, N, D_S)` and `(B, N, D_T)`, N >= 2: one value per sample, shape `(B,)`.
-
-    Computed in float32, or in float64 if both inputs are float64. Differentiable once, in the student alone. Keeps
-    `B D_S (D_S + D_T)` numbers for the backward pass.
-    """
+    """As `gram_form_mse`; keeps `B D_S (D_S + D_T)` numbers for the backward pass."""
     return _FeatureFormMSE.apply(student_tokens, teacher_tokens)
 
 
@@ -188,11 +187,7 @@ def _feature_backward(
     return gradient.to(student.dtype)
 
 
-@_feature_backward.register_fake
-def _(
-    grad_losses: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor, cross: torch.Tensor, own: torch.Tensor
-) -> torch.Tensor:
-    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+_feature_backward.register_fake(empty_gradient)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from diffusers_srepa.alignment.gram import triton_launch
@@ -18,14 +20,7 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def inverse_norms(tokens: torch.Tensor) -> torch.Tensor:
-    """`1 / |x_i|` for each token, and 0 for a token with `|x_i| < 1e-6`.
-
-    Args:
-        tokens (`torch.Tensor`): shape `(..., D)`, float32 or float64.
-
-    Returns:
-        `torch.Tensor`: shape `(..., 1)`.
-    """
+    """`1 / |x_i|` for each of the tokens `(..., D)`, and 0 for a token with `|x_i| < 1e-6`; shape `(..., 1)`."""
     norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
     is_zero = norms < ZERO_NORM
     # The inner `where` keeps 1 / 0 out of the graph: its infinite derivative times the outer zero would be NaN.
@@ -33,16 +28,10 @@ def inverse_norms(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def normalize_tokens(tokens: torch.Tensor) -> torch.Tensor:
-    """Unit-length tokens `x_i / |x_i|`; a token with norm below 1e-6 becomes zero and gets zero gradient.
+    """Unit-length tokens `x_i / |x_i|`, `(..., D)`; one with norm below 1e-6 becomes zero and gets zero gradient.
 
     `torch.nn.functional.normalize` divides such a token by its epsilon instead, so its gradient is of order 1e12 and
     gradient clipping then erases the step.
-
-    Args:
-        tokens (`torch.Tensor`): shape `(..., D)`, float32 or float64.
-
-    Returns:
-        `torch.Tensor`: same shape and dtype.
     """
     return tokens * inverse_norms(tokens)
 
@@ -52,14 +41,9 @@ def normalize_into(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write normalised tokens to reused memory; fresh memory would cost more than the arithmetic.
 
-    Args:
-        out (`torch.Tensor`): contiguous, at least as large as `tokens` in batch and rows; its dtype is that of the
-            computation.
-        tokens (`torch.Tensor`): shape `(B, N, D)`, any float dtype.
-        use_kernels (`bool`, *optional*): whether to use a Triton kernel; where it runs and works if left out.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the normalised tokens, a view of `out`, and `1 / |x_i|` or 0, `(B, N, 1)`.
+    `out` is contiguous, at least as large as the tokens `(B, N, D)` in batch and rows, and of the dtype of the
+    computation. `use_kernels` says whether to use a Triton kernel; where it runs and works if left out. Returned are
+    the normalised tokens, a view of `out`, and `1 / |x_i|` or 0, `(B, N, 1)`.
     """
     normalized = out[: tokens.shape[0], : tokens.shape[1]]
 
@@ -76,18 +60,19 @@ def normalize_into(
     return normalized, computation(use_kernels)
 
 
+def empty_gradient(grad_losses: torch.Tensor, student: torch.Tensor, *saved: Any) -> torch.Tensor:
+    """What the backward operators return, for `torch.compile`: a gradient of the student's shape and dtype."""
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
 def tangent_gradient_(
     gradient: torch.Tensor, normalized: torch.Tensor, scale: torch.Tensor, use_kernels: bool | None = None
 ) -> None:
     """The gradient with respect to raw tokens from the one with respect to normalised tokens, in place.
 
-    For `z = x / |x|` it is `(g - z (z . g)) / |x|`; a zero token has `z = 0` and scale 0 and so gets none.
-
-    Args:
-        gradient (`torch.Tensor`): g, shape `(B, N, D)`, contiguous within a sample; overwritten by the result.
-        normalized (`torch.Tensor`): z, same shape, contiguous within a sample.
-        scale (`torch.Tensor`): `1 / |x|` from `inverse_norms`, times any factor, shape `(B, N, 1)`.
-        use_kernels (`bool`, *optional*): whether to use a Triton kernel; where it runs and works if left out.
+    For `z = x / |x|` it is `(g - z (z . g)) / |x|`; a zero token has `z = 0` and scale 0 and so gets none. Both
+    `gradient` g, overwritten by the result, and `normalized` z are `(B, N, D)`, contiguous within a sample; `scale` is
+    `1 / |x|`, times any factor, `(B, N, 1)`. `use_kernels` is as in `normalize_into`.
     """
 
     def computation(with_kernels: bool) -> None:

@@ -34,22 +34,18 @@ class RowTile:
 
     @property
     def num_rows(self) -> int:
-        """Height of the tile."""
         return self.stop - self.start
 
     @property
     def rows(self) -> slice:
-        """The tile's rows."""
         return slice(self.start, self.stop)
 
     @property
     def columns(self) -> slice:
-        """The tile's columns."""
         return slice(self.start, self.num_tokens)
 
     @property
     def size(self) -> int:
-        """Number of elements of the tile."""
         return self.num_rows * (self.num_tokens - self.start)
 
     def of_scratch(self, scratch: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -64,14 +60,7 @@ class RowTile:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """A walk through `(B, N, D)`: chunks of samples, and within them blocks of rows.
-
-    Args:
-        num_samples (`int`): B.
-        num_tokens (`int`): N.
-        samples_per_chunk (`int`): samples that are treated together.
-        rows_per_block (`int`): tokens that are treated together.
-    """
+    """A walk through `(B, N, D)`: chunks of samples, and within them blocks of rows, the tokens."""
 
     num_samples: int
     num_tokens: int
@@ -155,11 +144,7 @@ def plan_chunks(student: torch.Tensor, teacher: torch.Tensor) -> ChunkPlan:
 def add_symmetric_product_(out: torch.Tensor, block: torch.Tensor, tokens: torch.Tensor, tile: RowTile) -> None:
     """Add to `out` what one upper tile of a symmetric matrix contributes to the matrix times `tokens`, in place.
 
-    Args:
-        out (`torch.Tensor`): shape `(B, N, D)`; the first tile overwrites what is there.
-        block (`torch.Tensor`): the tile, shape `(B, num_rows, N - start)`.
-        tokens (`torch.Tensor`): shape `(B, N, D)`.
-        tile (`RowTile`): where the block is.
+    `out` and `tokens` are `(B, N, D)`, the block is `(B, num_rows, N - start)`; the first tile overwrites `out`.
     """
     beta = 0 if tile.start == 0 else 1
     out[:, tile.rows].baddbmm_(block, tokens[:, tile.columns], beta=beta)
@@ -169,12 +154,7 @@ def add_symmetric_product_(out: torch.Tensor, block: torch.Tensor, tokens: torch
 
 
 def add_upper_gram_(out: torch.Tensor, features: torch.Tensor) -> None:
-    """Add `features' features` to `out`, in place, in blocks that cover the upper triangle; the rest is left alone.
-
-    Args:
-        out (`torch.Tensor`): shape `(B, D, D)`.
-        features (`torch.Tensor`): shape `(B, N, D)`.
-    """
+    """Add `features' features` to `out` `(B, D, D)` in blocks of the upper triangle; the rest is left alone."""
     for rows in _slices(features.shape[2], GRAM_BLOCK):
         out[:, rows, rows.start :].baddbmm_(features[:, :, rows].transpose(1, 2), features[:, :, rows.start :])
 

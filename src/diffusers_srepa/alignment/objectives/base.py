@@ -136,11 +136,7 @@ class AlignmentObjective(ABC):
 
 
 def check_number(objective: AlignmentObjective, name: str, low: float, open_end: bool = False) -> None:
-    """Raise unless the argument `name` of `objective` is a finite number of at least (or above) `low`.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
+    """Raise `ConfigurationError` unless the argument `name` is a finite number of at least (or above) `low`."""
     value: Any = getattr(objective, name)
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or value < low or (open_end and value == low):

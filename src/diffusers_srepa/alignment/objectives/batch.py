@@ -11,8 +11,7 @@ from torch import distributed
 
 from diffusers_srepa.alignment.gram.normalize import normalize_tokens
 from diffusers_srepa.alignment.objectives.base import AlignmentObjective, check_number
-from diffusers_srepa.alignment.objectives.cka import linear_cka
-from diffusers_srepa.alignment.objectives.relational import squared_distances
+from diffusers_srepa.alignment.objectives.relational import linear_cka, squared_distances
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class BatchCKAAlignment(AlignmentObjective):
     scope: ClassVar[Literal["sample", "batch"]] = "batch"
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D_S)` and `(B, N, D_T)` to `()`."""
         name = type(self).__name__
         student_rows = gather_samples(student, name).flatten(1)
         return 1.0 - linear_cka(student_rows, gather_samples(target, name).flatten(1))
@@ -42,15 +40,10 @@ class SimilarityPreservingAlignment(AlignmentObjective):
     scope: ClassVar[Literal["sample", "batch"]] = "batch"
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D_S)` and `(B, N, D_T)` to `()`."""
         name = type(self).__name__
-        difference = _row_similarities(gather_samples(student, name)) - _row_similarities(gather_samples(target, name))
-        return difference.square().mean()
-
-
-def _row_similarities(tokens: torch.Tensor) -> torch.Tensor:
-    samples = tokens.flatten(1)
-    return normalize_tokens(samples @ samples.mT)
+        samples = [gather_samples(tokens, name).flatten(1) for tokens in (student, target)]
+        student_rows, target_rows = [normalize_tokens(rows @ rows.mT) for rows in samples]
+        return (student_rows - target_rows).square().mean()
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,6 @@ class DispersiveAlignment(AlignmentObjective):
         check_number(self, "tau", 0.0, open_end=True)
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D)` to `()`."""
         samples = gather_samples(student, type(self).__name__).flatten(1)
         logits = -squared_distances(samples) / (samples.shape[1] * self.tau)
         return logits.flatten().logsumexp(dim=0) - math.log(logits.numel())
@@ -110,14 +102,8 @@ def gather_samples(local: torch.Tensor, name: str) -> torch.Tensor:
     of gradients over processes (DDP) undoes: the result is the gradient of the loss over the whole batch.
 
     Args:
-        local (`torch.Tensor`): shape `(B, ...)`, the same on every process.
-        name (`str`): who asks, for the error.
-
-    Returns:
-        `torch.Tensor`: shape `(processes * B, ...)`.
-
-    Raises:
-        ValueError: there is only one sample in all.
+        local (`torch.Tensor`): shape `(B, ...)`, the same on every process; the result has `(processes * B, ...)`.
+        name (`str`): who asks, for the error where there is only one sample in all.
     """
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         local = _GatherSamples.apply(local.contiguous())

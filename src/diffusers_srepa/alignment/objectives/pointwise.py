@@ -22,7 +22,6 @@ class CosineAlignment(AlignmentObjective):
     needs_equal_width: ClassVar[bool] = True
 
     def compute(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D)` and `(B, N, D)` to `(B,)`."""
         return -(normalize_tokens(student) * normalize_tokens(target)).sum(dim=-1).mean(dim=-1)
 
 

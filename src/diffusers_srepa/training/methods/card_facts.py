@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_srepa.alignment.objectives.gram import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.objectives.pointwise import CosineAlignment
+from diffusers_srepa.alignment.objectives.relational import GramKLAlignment, GramMSEAlignment
 from diffusers_srepa.alignment.registry import build_terms
 from diffusers_srepa.alignment.schedule import (
     Constant,
