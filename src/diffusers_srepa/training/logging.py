@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from diffusers_srepa.configuration.options import flatten
 from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.errors import ConfigurationError, one_line
+from diffusers_srepa.training.optimizers import warn_if_average_is_young
 from diffusers_srepa.training.run_folder import METRICS_FILE
 
 
@@ -212,6 +213,7 @@ class Progress:
 
     def __init__(self, accelerator: Accelerator, config: RunConfig, start_step: int) -> None:
         self.accelerator = accelerator
+        self.config = config.training
         self.log = RunLog(accelerator, config)
         self.meter = Meter(config.training.global_batch_size)
         self.bar: tqdm[Any] = tqdm(
@@ -222,6 +224,18 @@ class Progress:
             disable=not accelerator.is_main_process,
             dynamic_ncols=True,
         )
+
+    def announce(self, lines: Sequence[str]) -> None:
+        """Say what is trained, `lines` from the method, and what about it is questionable."""
+        config = self.config
+        precision = str(config.mixed_precision).replace("no", "full")
+        logger.info(
+            f"training {lines[0]}: {config.max_steps} steps of {config.global_batch_size} images on "
+            f"{self.accelerator.num_processes} process(es), {precision} precision"
+        )
+        for line in lines[1:]:
+            logger.info(line)
+        warn_if_average_is_young(config.ema_decay, config.max_steps)
 
     def advance(self) -> None:
         """Count a step on the progress bar."""

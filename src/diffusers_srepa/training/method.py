@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from diffusers_srepa.configuration.sections import OptimizerConfig
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.files import check_name
 from diffusers_srepa.latents.latent_space import LatentSpace
 
 
@@ -142,3 +144,20 @@ def saved_parts(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, nn.Mod
         inner = {name: module} if own is None else own()
         parts |= {folder: (name, part) for folder, part in inner.items()}
     return parts
+
+
+def check_method(method: TrainingMethod) -> None:
+    """Refuse names of modules and phases that are no names of files, and phases of unknown modules.
+
+    Raises:
+        ConfigurationError: naming the module or phase.
+    """
+    for name in (*method.modules, *(phase.name for phase in method.phases)):
+        check_name("the name of a module or phase of the method", name)
+    for phase in method.phases:
+        unknown = set(phase.modules) - set(method.modules)
+        if unknown:
+            raise ConfigurationError(
+                f"the phase {phase.name!r} names the modules {sorted(unknown)}, but the method has "
+                f"{', '.join(method.modules)}: change the phase."
+            )

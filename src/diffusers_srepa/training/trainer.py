@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.data.batches import training_batches
 from diffusers_srepa.errors import ConfigurationError, in_options
-from diffusers_srepa.files import check_name, remove_incomplete, write_text
+from diffusers_srepa.files import remove_incomplete, write_text
 from diffusers_srepa.training import checkpoint
 from diffusers_srepa.training.callbacks import TrainerCallback
 from diffusers_srepa.training.checkpoint import RunState
@@ -33,10 +33,9 @@ from diffusers_srepa.training.distributed import (
 )
 from diffusers_srepa.training.export import RunWriter, claim_repository
 from diffusers_srepa.training.logging import Progress, resolve_trackers
-from diffusers_srepa.training.method import TrainingMethod, saved_parts
+from diffusers_srepa.training.method import TrainingMethod, check_method, saved_parts
 from diffusers_srepa.training.methods.registry import METHODS
 from diffusers_srepa.training.nonfinite import NonFiniteGuard
-from diffusers_srepa.training.optimizers import warn_if_average_is_young
 from diffusers_srepa.training.resume import Resumed, check_same_run, find_resume
 from diffusers_srepa.training.run_folder import (
     CONFIG_FILE,
@@ -135,7 +134,7 @@ class Trainer:
                 check_same_run(resumed, config, self.dataset, accelerator.num_processes)
         method.prepare(self.dataset)
         self.modules = method.modules
-        _check_names(method)
+        check_method(method)
         self._prepare_training(resumed)
         self._prepare_folder()
 
@@ -209,7 +208,7 @@ class Trainer:
             DataError: the data cannot be read on.
         """
         self.progress = Progress(self.accelerator, self.config, self.step)
-        self._announce()
+        self.progress.announce(self.method.describe() or [type(self.method).__name__])
         self.training.train_mode()
         try:
             with writing_to(self.output_dir), self.stop_request:
@@ -228,19 +227,6 @@ class Trainer:
         finally:
             self.lock.release()
         return self.output_dir
-
-    def _announce(self) -> None:
-        """Say what is trained, and what about it is questionable."""
-        config = self.config.training
-        precision = str(config.mixed_precision).replace("no", "full")
-        what, *more = self.method.describe() or [type(self.method).__name__]
-        logger.info(
-            f"training {what}: {config.max_steps} steps of {config.global_batch_size} images on "
-            f"{self.accelerator.num_processes} process(es), {precision} precision"
-        )
-        for line in more:
-            logger.info(line)
-        warn_if_average_is_young(config.ema_decay, config.max_steps)
 
     def _end(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -362,16 +348,3 @@ class Trainer:
         raise TrainingInterrupted(
             f"stopped by {reason} after step {self.step}; {where}: go on with --resume_from_checkpoint latest."
         )
-
-
-def _check_names(method: TrainingMethod) -> None:
-    """Refuse names of modules and phases that are no names of files, and phases of unknown modules."""
-    for name in (*method.modules, *(phase.name for phase in method.phases)):
-        check_name("the name of a module or phase of the method", name)
-    for phase in method.phases:
-        unknown = set(phase.modules) - set(method.modules)
-        if unknown:
-            raise ConfigurationError(
-                f"the phase {phase.name!r} names the modules {sorted(unknown)}, but the method has "
-                f"{', '.join(method.modules)}: change the phase."
-            )
