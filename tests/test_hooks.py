@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.hooks import FeatureTap, block_path, find_submodule, unwrap_module
+from diffusers_srepa.hooks import FeatureTap, block_list, find_submodule, unwrap_module
 from tests.helpers.reference_weights import TAP, golden_inputs, golden_model
 
 
@@ -241,16 +241,13 @@ def test_removed_taps_leave_no_hook():
     assert all(not module._forward_hooks for module in model.modules())
 
 
-def test_depth_counts_blocks_from_one():
+def test_lists_of_blocks_are_found_by_name():
     model = golden_model("repa")
-    assert block_path(model, 1) == "transformer_blocks.0"
-    assert block_path(model, 3) == "transformer_blocks.2"
-    assert block_path(Stack(), 2) == "blocks.1"
-    for depth in (0, 4):
-        with pytest.raises(ConfigurationError, match="blocks 1 to 3"):
-            block_path(model, depth)
-    with pytest.raises(ConfigurationError, match="give the tap's path"):
-        block_path(nn.Linear(1, 1), 1)
+    name, blocks = block_list(model)
+    assert name == "transformer_blocks" and blocks is model.transformer_blocks
+    assert block_list(Stack())[0] == "blocks"
+    with pytest.raises(ConfigurationError, match="give the path of a module as `tap`"):
+        block_list(nn.Linear(1, 1))
 
 
 class _TwoStreams(nn.Module):

@@ -184,23 +184,18 @@ def find_submodule(module: nn.Module, path: str) -> nn.Module:
     return current
 
 
-def block_path(module: nn.Module, depth: int) -> str:
-    """The tap that reads the residual stream after block `depth`, counted from 1.
+def block_list(module: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and modules of a transformer's list of blocks.
 
     Raises:
-        ConfigurationError: the model has no list of blocks of a known name, or not that many.
+        ConfigurationError: the model has no list of blocks of a known name.
     """
     model = unwrap_module(module)
     for name in BLOCK_LISTS:
         blocks = getattr(model, name, None)
         if isinstance(blocks, nn.ModuleList):
-            if not 1 <= depth <= len(blocks):
-                raise ConfigurationError(
-                    f"the depth is {depth}, but {type(model).__name__} has the blocks 1 to {len(blocks)}: change "
-                    "`depth`."
-                )
-            return f"{name}.{depth - 1}"
+            return name, blocks
     raise ConfigurationError(
-        f"{type(model).__name__} has no block list named {' or '.join(map(repr, BLOCK_LISTS))}: give the tap's path "
-        "instead of a depth."
+        f"{type(model).__name__} has no list of blocks named {' or '.join(map(repr, BLOCK_LISTS))}: give the path of a "
+        "module as `tap` instead of a depth."
     )

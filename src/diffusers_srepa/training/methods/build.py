@@ -18,7 +18,7 @@ from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.configuration.sections import TeacherConfig
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError, close_matches, in_options, one_line
-from diffusers_srepa.hooks import BLOCK_LISTS
+from diffusers_srepa.hooks import block_list
 from diffusers_srepa.latents.latent_space import LatentSpace
 from diffusers_srepa.latents.loading import load_latent_space
 from diffusers_srepa.models.loading import (
@@ -298,7 +298,8 @@ def known_taps(config: TrainingConfig, transformer: Any) -> dict[str, int | str]
     alignment = config.alignment
     default = alignment.tap or alignment.depth
     if default is None:
-        default = default_depth(len(block_list(transformer)[1]), transformer.inner_dim)
+        with in_options({"tap": "alignment.tap"}):
+            default = default_depth(len(block_list(transformer)[1]), transformer.inner_dim)
     return {DEFAULT: default, **alignment.taps}
 
 
@@ -324,18 +325,3 @@ def resolve_tap(config: TrainingConfig, name: str, transformer: Any) -> str:
         )
     logger.info(f"alignment taps the output of block {where} of {len(modules)}")
     return f"{blocks}.{where - 1}"
-
-
-def block_list(transformer: Any) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the transformer's list of blocks.
-
-    Raises:
-        ConfigurationError: it has none of a known name.
-    """
-    for name in BLOCK_LISTS:
-        if isinstance(getattr(transformer, name, None), nn.ModuleList):
-            return name, getattr(transformer, name)
-    raise ConfigurationError(
-        f"{type(transformer).__name__} has no list of blocks named {' or '.join(BLOCK_LISTS)}: set alignment.tap to a "
-        "module's path."
-    )
