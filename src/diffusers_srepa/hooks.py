@@ -196,6 +196,6 @@ def block_list(module: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(blocks, nn.ModuleList):
             return name, blocks
     raise ConfigurationError(
-        f"{type(model).__name__} has no list of blocks named {' or '.join(map(repr, BLOCK_LISTS))}: give the path of a "
-        "module as `tap` instead of a depth."
+        f"{type(model).__name__} has no list of blocks named {' or '.join(map(repr, BLOCK_LISTS))}: give the path "
+        "of a module as `tap` instead of a depth."
     )
