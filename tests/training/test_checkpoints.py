@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file
 
 from diffusers_srepa.alignment.aligned_denoiser import AlignedDenoiser
 from diffusers_srepa.alignment.projectors import MLPProjector
@@ -23,6 +24,7 @@ from diffusers_srepa.training.checkpoint import (
     optimizer_state,
     read_state,
     save_checkpoint,
+    save_tensors,
 )
 from diffusers_srepa.training.optimizers import EMA
 from diffusers_srepa.training.run_folder import (
@@ -223,6 +225,17 @@ def test_a_full_disk_leaves_no_half_checkpoint_and_keeps_the_old_ones(tmp_path: 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
     assert find_damage(good) is None
+
+
+def test_weights_that_share_memory_are_written_each_for_itself(tmp_path: Path) -> None:
+    weight = torch.arange(6.0)
+    save_tensors({"one": weight, "same": weight, "part": weight[:3]}, tmp_path / "tied.safetensors")
+    tied = load_file(tmp_path / "tied.safetensors")
+    assert (
+        torch.equal(tied["one"], weight)
+        and torch.equal(tied["same"], weight)
+        and torch.equal(tied["part"], weight[:3])
+    )
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from diffusers_srepa import (
 )
 from diffusers_srepa.configuration.command_line import load_config
 from diffusers_srepa.models import presets
+from diffusers_srepa.models.loading import read_weights
 from tests.helpers.toy_method import CriticConfig, CriticMethod, ToyTransformer
 
 
 ROOT = Path(__file__).resolve().parents[2]
-TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
 OWN = ["--latents.vae", "pixels", "--sampling.guidance_scale", "1"]
 
 
@@ -90,6 +92,11 @@ def test_a_method_of_two_phases_and_three_modules_trains_and_exports(
     average = trainer.ema.averages["transformer.head.weight"]
     assert torch.equal(pipeline.transformer.head.weight, average)
     assert (tmp_path / "run" / "critic" / "model.safetensors").exists()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "CriticMethod" in card and "verdict" in card
+    raw, name = load_file(checkpoint / "raw.safetensors"), "head.weight"
+    assert torch.equal(read_weights(checkpoint, "transformer", raw=True)[name], raw[f"transformer.{name}"])
+    assert torch.equal(read_weights(checkpoint, "transformer")[name], average)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     for folder in (tmp_path / "run", checkpoint):
         images = SiTPipeline.from_pretrained(folder)([0, 1], num_inference_steps=2, generator=generators).images
@@ -140,13 +147,15 @@ def test_another_method_s_checkpoint_is_refused(assets: Path, critic_options: li
     assert not (tmp_path / "new").exists()
 
 
-def test_two_processes_give_the_trajectory_of_one(critic_options: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["--multi_gpu", "--use_fsdp"])
+def test_two_processes_give_the_trajectory_of_one(critic_options: list[str], tmp_path: Path, kind: str) -> None:
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
     train_critic(critic_options, tmp_path / "one")
     for more in (["--training.max_steps", "2"], ["--resume_from_checkpoint", "latest"]):
         script = ["-m", "tests.helpers.toy_method", *critic_options, "--output_dir", str(tmp_path / "two")]
-        command = [*TWO_PROCESSES, *script, "--expected_processes", "2", *more]
+        launcher = [*TWO_PROCESSES, kind, *(["--fsdp_version", "2"] if kind == "--use_fsdp" else [])]
+        command = [*launcher, *script, "--expected_processes", "2", *more]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
         assert result.returncode == 0, result.stderr[-3000:]
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -174,8 +183,34 @@ def test_names_that_are_paths_and_unknown_modules_are_refused(critic_options: li
             super().prepare(dataset)
             del self.modules["gain"]
 
-    with pytest.raises(ConfigurationError, match="the phase 'generator' names the modules"):
+    with pytest.raises(ConfigurationError, match="every module needs a phase, and every phase modules"):
         Trainer(config, method=Short(config))
+
+    class Twins(CriticMethod):
+        def __init__(self, config: CriticConfig) -> None:
+            super().__init__(config)
+            self.phases = (self.phases[0], replace(self.phases[1], name="critic"))
+
+    with pytest.raises(ConfigurationError, match="phases of different names|of different names"):
+        Trainer(config, method=Twins(config))
+
+    class InTheWay(CriticMethod):
+        def prepare(self, dataset: Any) -> None:
+            super().prepare(dataset)
+            self.modules["validation"] = self.modules.pop("gain")
+            self.phases = (self.phases[0], replace(self.phases[1], modules=("transformer", "validation")))
+
+    with pytest.raises(ConfigurationError, match="into the folder 'validation', which is another part's or the run's"):
+        Trainer(config, method=InTheWay(config))
+
+    class Forgetful(CriticMethod):
+        def prepare(self, dataset: Any) -> None:
+            super().prepare(dataset)
+            gain = self.modules["gain"]
+            gain.saved_parts = lambda: {}
+
+    with pytest.raises(ConfigurationError, match="'factor' of the module 'gain' is in none of its saved_parts"):
+        Trainer(config, method=Forgetful(config))
     with pytest.raises(ConfigurationError, match="method and transformer are both given"):
         Trainer(config, method=CriticMethod(config), transformer=ToyTransformer())
     assert not (tmp_path / "run").exists()
@@ -280,14 +315,31 @@ def test_callbacks_are_called_at_their_points_and_add_metrics(assets: Path, tmp_
     assert ["images" in record for record in records] == [False, False, True, False]
 
 
+def test_what_a_callback_raises_is_not_taken_for_a_full_disk(assets: Path, tmp_path: Path) -> None:
+    class Refused(TrainerCallback):
+        def on_step_end(self, trainer: Any, step: int, values: Any) -> None:
+            raise ConnectionError("nobody listens")
+
+    with pytest.raises(ConnectionError, match="^nobody listens$"):
+        Trainer(aligned_config(assets, tmp_path), callbacks=[Refused()]).train()
+
+
+def test_a_dataset_that_says_too_little_is_refused(assets: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="the dataset is a list without num_classes, id2label, fingerprint"):
+        Trainer(aligned_config(assets, tmp_path / "run"), dataset=[{}] * 8)
+
+
 def test_a_callback_ends_a_run_in_good_order_and_it_can_go_on(assets: Path, tmp_path: Path) -> None:
-    config = aligned_config(assets, tmp_path)
-    assert Trainer(config, callbacks=[Recorder(stop_at=3)]).train() == tmp_path
+    config = aligned_config(assets, tmp_path, "--training.log_every", "2")
+    recorder = Recorder(stop_at=3)
+    assert Trainer(config, callbacks=[recorder]).train() == tmp_path
+    assert recorder.calls[-3:] == [("validation", 3, 4), ("checkpoint", 3), ("end", 3)]
+    assert metrics(tmp_path)[-1]["step"] == 3 and metrics(tmp_path)[-1]["twice"] == 6
     assert (tmp_path / "checkpoint-3").is_dir() and not (tmp_path / "checkpoint-4").exists()
     SiTPipeline.from_pretrained(tmp_path)
     config.resume_from_checkpoint = "latest"
     Trainer(config).train()
-    assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [record["step"] for record in metrics(tmp_path)] == [2, 3, 4]
 
 
 def test_a_dataset_object_of_the_datasets_library_is_trained_on(assets: Path, tmp_path: Path) -> None:

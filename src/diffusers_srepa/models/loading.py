@@ -33,8 +33,8 @@ PROJECTORS = "projectors"
 _CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _STATE_FILE = "state.json"
-# By format of a checkpoint: the other weights, and what stands there before a parameter's name.
-_OTHER_WEIGHTS = {1: ("ema.safetensors", ""), 2: ("raw.safetensors", "student.")}
+# By format of a checkpoint: the file of the other weights, those that are not in the modules' own folders.
+_OTHER_WEIGHTS = {1: "ema.safetensors", 2: "raw.safetensors"}
 _UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError)
 
 
@@ -132,8 +132,7 @@ def read_weights(folder: Path, module: str, *, raw: bool = False) -> dict[str, t
         # What is no parameter, such as a table of positions, is in the module's own folder alone.
         state = _read_folder(folder / module)
         if saved_format is not None and raw == (saved_format == 2):
-            file, prefix = _OTHER_WEIGHTS[saved_format]
-            state |= _read_with_prefix(folder / file, f"{prefix}{module.replace('/', '.')}.")
+            state |= _read_module(folder / _OTHER_WEIGHTS[saved_format], module.replace("/", "."))
     except _UNREADABLE as error:
         raise ConfigurationError(
             f"the weights of {folder / module} cannot be loaded ({one_line(error)}): give a complete `source`."
@@ -180,8 +179,13 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _read_with_prefix(file: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file whose names begin with `prefix`, without it."""
+def _read_module(file: Path, module: str) -> dict[str, torch.Tensor]:
+    """The tensors of a module, which may itself be a part of a trained one: `transformer` or `student.transformer`."""
     with safe_open(file, framework="pt") as tensors:
-        names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
-        return {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
+        names = list(tensors.keys())
+        tops = dict.fromkeys(name.partition(".")[0] for name in names)
+        for prefix in (f"{module}.", *(f"{top}.{module}." for top in tops)):
+            found = [name for name in names if name.startswith(prefix)]
+            if found:
+                return {name.removeprefix(prefix): tensors.get_tensor(name) for name in found}
+    raise ValueError(f"{file.name} has no tensors of {module}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def write_card(
     step: int,
     id2label: Mapping[int, str] | None,
     repository: str | None,
+    loss_names: Collection[str] = (),
 ) -> None:
     """Write the model card of the finished pipeline, with what this run measured and nothing else."""
     grid = output_dir / "validation" / f"step-{step}" / "grid.png"
@@ -68,7 +69,7 @@ def write_card(
         steps=step,
         id2label=id2label,
         sample_grid=grid if grid.exists() else None,
-        losses=_last_losses(output_dir / METRICS_FILE),
+        losses=_last_losses(output_dir / METRICS_FILE, loss_names),
         hub_id=repository,
     )
     write_model_card(output_dir, config=config.to_dict(), facts=facts)
@@ -104,11 +105,15 @@ def _settings(config: RunConfig) -> dict[str, str]:
     return rows
 
 
-def _last_losses(file: Path) -> dict[str, float]:
-    """The raw losses of the last logged step, averages over the steps since the one logged before."""
+def _last_losses(file: Path, loss_names: Collection[str]) -> dict[str, float]:
+    """The raw losses of the last logged step, averages over the steps since the one logged before.
+
+    A resume of a run that was at its end makes no step and knows only the names of the losses that there usually are.
+    """
     lines = file.read_text().splitlines() if file.exists() else []
     if not lines:
         return {}
     record = json.loads(lines[-1])
-    names = [name for name in record if name in ("loss", "flow", "class_token") or name.startswith("alignment/")]
+    usual = ("loss", "flow", "class_token", *(name for name in record if name.startswith("alignment/")))
+    names = [name for name in record if name in (loss_names or usual)]
     return {name: record[name] for name in names if isinstance(record[name], int | float)}

@@ -140,8 +140,15 @@ def save_parts(modules: Mapping[str, nn.Module], folder: Path, without: tuple[st
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Write tensors of any device as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+    """Write tensors of any device as safetensors, those that share memory (tied weights) each for itself."""
+    whole: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        whole[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    save_file(whole, file)
 
 
 def read_state(folder: Path) -> RunState:

@@ -13,7 +13,7 @@ from diffusers_srepa.configuration.sections import DataConfig
 from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.data.datasets import load_image_dataset
 from diffusers_srepa.data.order import GlobalBatchSampler
-from diffusers_srepa.errors import in_options
+from diffusers_srepa.errors import ConfigurationError, in_options
 from diffusers_srepa.training.method import TrainingMethod
 
 
@@ -65,6 +65,13 @@ def load_dataset(config: RunConfig, method: TrainingMethod, accelerator: Acceler
             )
     else:
         dataset = given
+        missing = [name for name in ("num_classes", "id2label", "fingerprint") if not hasattr(dataset, name)]
+        if missing:
+            raise ConfigurationError(
+                f"the dataset is a {type(dataset).__name__} without {', '.join(missing)}, but must be a "
+                "datasets.Dataset or have them: the number of classes, their names or None, and a text that changes "
+                "with the content."
+            )
     if not isinstance(dataset, TorchIterableDataset):
         # The sampler refuses a dataset that cannot fill one global batch; better now than at the first step.
         batch = config.training.global_batch_size

@@ -25,7 +25,7 @@ from accelerate.utils import (
 )
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -191,13 +191,18 @@ def wrap_module(accelerator: Accelerator, module: nn.Module, sharded: bool) -> n
     return wrapped
 
 
+def reshard(module: nn.Module) -> None:
+    """Let go of the whole weights that FSDP2 has gathered."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def weightless_copy(module: nn.Module) -> Any:
-    """A deep copy whose parameters and buffers have shapes but no memory."""
+    """A deep copy whose parameters have shapes but no memory; buffers, which are not sharded, stay what they are."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = buffer.to("meta")
     return copy.deepcopy(module, memo)
 
 

@@ -87,12 +87,14 @@ class RunWriter:
         ema, modules = self.training.ema, self.method.modules
         if self.templates is None:
             was_training = [module for module in modules.values() if module.training]
-            with ema.applied():
-                for module in modules.values():
-                    module.eval()
-                yield dict(modules)
-            for module in was_training:
-                module.train()
+            try:
+                with ema.applied():
+                    for module in modules.values():
+                        module.eval()
+                    yield dict(modules)
+            finally:
+                for module in was_training:
+                    module.train()
             return
         main = self.accelerator.is_main_process
         whole = {}
@@ -159,7 +161,16 @@ class RunWriter:
             if self.accelerator.is_main_process:
                 pipeline = self.method.build_pipeline(averaged)
                 save_finished(pipeline, averaged, self.output_dir)
-                write_card(self.config, self.method, pipeline, self.output_dir, step, self.id2label, repository)
+                write_card(
+                    self.config,
+                    self.method,
+                    pipeline,
+                    self.output_dir,
+                    step,
+                    self.id2label,
+                    repository,
+                    self.training.loss_names,
+                )
                 logger.info(f"the finished pipeline is in {self.output_dir}")
                 if repository is not None:
                     push(self.output_dir, repository, step)

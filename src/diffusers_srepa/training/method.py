@@ -25,6 +25,10 @@ from diffusers_srepa.files import check_name
 from diffusers_srepa.latents.latent_space import LatentSpace
 
 
+# What a run writes besides the parts of its modules.
+_RUN_FOLDERS = ("scheduler", "validation", "logs")
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What a loss needs of the run.
@@ -33,7 +37,8 @@ class StepContext:
         step: Optimiser steps made before this one; keys of random numbers and schedules of weights.
         modules: The method's modules by name, to be called: those of the phase as the run has wrapped them, the
             others plain and frozen, so that gradients pass through them and stay nowhere.
-        average_of: The averaged parameters of the module of a name, for `torch.func.functional_call`.
+        average_of: The averaged parameters of the module of a name, for `torch.func.functional_call`; not
+            when FSDP2 shards.
         autocast: The context of the run's precision, for forward passes of models.
     """
 
@@ -121,7 +126,11 @@ class TrainingMethod(ABC):
 
     @abstractmethod
     def build_pipeline(self, modules: Mapping[str, nn.Module]) -> Any:
-        """The diffusers pipeline around whole, unwrapped `modules`, sampling with the weights that they have."""
+        """The pipeline around whole, unwrapped `modules`, sampling with the weights that they have.
+
+        It is a `SiTPipeline`, or has its `transformer`, `components`, `check_components`, `check_guidance` and call by
+        `class_labels`.
+        """
 
     def autoencoder_reference(self) -> dict[str, Any] | None:
         """Where the pipeline's `vae` comes from, as `autoencoder.json` of a checkpoint says it; None for pixels."""
@@ -137,27 +146,46 @@ class TrainingMethod(ABC):
 
 
 def saved_parts(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, nn.Module]]:
-    """What is saved, by folder: the name of the module that it belongs to, and the part itself."""
+    """What is saved, by folder: the name of the module that it belongs to, and the part itself.
+
+    Raises:
+        ConfigurationError: a folder of two parts, or one that the run itself writes to.
+    """
     parts: dict[str, tuple[str, nn.Module]] = {}
     for name, module in modules.items():
         own: Any = getattr(module, "saved_parts", None)
-        inner = {name: module} if own is None else own()
-        parts |= {folder: (name, part) for folder, part in inner.items()}
+        for folder, part in ({name: module} if own is None else own()).items():
+            top = folder.partition("/")[0]
+            if folder in parts or top in _RUN_FOLDERS or top.startswith("checkpoint-"):
+                raise ConfigurationError(
+                    f"the method saves its module {name!r} into the folder {folder!r}, which is another part's or the "
+                    "run's own: rename the module."
+                )
+            parts[folder] = (name, part)
     return parts
 
 
 def check_method(method: TrainingMethod) -> None:
-    """Refuse names of modules and phases that are no names of files, and phases of unknown modules.
+    """Refuse a method whose names, phases and saved parts do not fit together.
 
     Raises:
         ConfigurationError: naming the module or phase.
     """
-    for name in (*method.modules, *(phase.name for phase in method.phases)):
+    modules, names = method.modules, [phase.name for phase in method.phases]
+    for name in (*modules, *names):
         check_name("the name of a module or phase of the method", name)
-    for phase in method.phases:
-        unknown = set(phase.modules) - set(method.modules)
-        if unknown:
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(f"the method has the phases {names}, but needs one or several of different names.")
+    trained = {name for phase in method.phases for name in phase.modules}
+    if trained != modules.keys():
+        raise ConfigurationError(
+            f"the phases of the method train the modules {sorted(trained)}, but its modules are {sorted(modules)}: "
+            "every module needs a phase, and every phase modules of the method."
+        )
+    saved = {id(value) for _, part in saved_parts(modules).values() for value in part.parameters()}
+    for name, module in modules.items():
+        lost = [key for key, value in module.named_parameters() if id(value) not in saved]
+        if lost:
             raise ConfigurationError(
-                f"the phase {phase.name!r} names the modules {sorted(unknown)}, but the method has "
-                f"{', '.join(method.modules)}: change the phase."
+                f"the parameter {lost[0]!r} of the module {name!r} is in none of its saved_parts(): add the part."
             )

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers_srepa.configuration.comparison import differing_options
 from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.data.batches import check_same_stream
-from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.errors import ConfigurationError, one_line
 from diffusers_srepa.training.checkpoint import RunState, read_state
 from diffusers_srepa.training.run_folder import CONFIG_FILE, find_checkpoint
 
@@ -51,6 +51,11 @@ def find_resume(config: RunConfig, accelerator: Accelerator) -> Resumed | None:
             found = [_find(config)]
         except ConfigurationError as error:
             found = [error]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            # The other processes wait for an answer, whatever is wrong with the files.
+            found = [
+                ConfigurationError(f"the checkpoint cannot be read ({one_line(error)}): resume from another one.")
+            ]
     (resumed,) = broadcast_object_list(found)
     if isinstance(resumed, ConfigurationError):
         raise resumed

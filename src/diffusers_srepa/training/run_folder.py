@@ -58,8 +58,7 @@ def writing_to(output_dir: Path, what: str | None = None) -> Iterator[None]:
         last = f"the last complete checkpoint is {saved[-1].name}" if saved else "there is no complete checkpoint"
         where = f"{what} could not be written to {output_dir}" if what else f"{output_dir} could not be written to"
         raise CheckpointError(
-            f"{where} ({one_line(error)}); {last}: {remedy(error)}, or set checkpoints.total_limit, then go on with "
-            "--resume_from_checkpoint latest."
+            f"{where} ({one_line(error)}); {last}: {remedy(error)}, then go on with --resume_from_checkpoint latest."
         ) from error
 
 
@@ -111,6 +110,20 @@ def check_output_folder(config: RunConfig) -> None:
         raise ConfigurationError(
             f"the output folder {folder} holds another run: go on with it by --resume_from_checkpoint latest, delete "
             "it by --overwrite_output_dir, or set another --output_dir."
+        )
+
+
+def check_free(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to write what a method saves over somebody's folders of the same names.
+
+    Raises:
+        ConfigurationError: one of them is there.
+    """
+    taken = sorted({name.partition("/")[0] for name in names if (folder / name.partition("/")[0]).exists()})
+    if taken:
+        raise ConfigurationError(
+            f"the output folder {folder} holds no run but a {taken[0]}, which training would write: set another "
+            "--output_dir."
         )
 
 

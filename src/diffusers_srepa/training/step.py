@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_srepa.configuration.sections import OptimizerConfig
-from diffusers_srepa.training.distributed import wrap_module
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.training.distributed import reshard, wrap_module
 from diffusers_srepa.training.method import LossOutput, Phase, StepContext, TrainingMethod
 from diffusers_srepa.training.nonfinite import poison_unless_finite
 from diffusers_srepa.training.optimizers import EMA, build_optimizer, learning_rate
@@ -46,6 +47,10 @@ class PhaseOptimizer:
         self.optimizer: AcceleratedOptimizer = accelerator.prepare_optimizer(
             build_optimizer(self.parameters, self.options)
         )
+
+    def is_active(self) -> bool:
+        """Whether anything is left to train."""
+        return any(parameter.requires_grad for parameter in self.parameters)
 
     def step(self, accelerator: Accelerator, step: int) -> tuple[torch.Tensor, bool]:
         """Update the parameters unless the gradient is not finite.
@@ -98,10 +103,12 @@ class TrainingStep:
         self.method = method
         self.accelerator = accelerator
         self.num_micro_batches = num_micro_batches
+        self.loss_names: set[str] = set()
         self.wrapped = {
             name: wrap_module(accelerator, module.to(accelerator.device), sharded)
             for name, module in method.modules.items()
         }
+        self.sharded = sharded
         # Sharding replaces the parameters, so optimisers and average come after it.
         self.optimizers = {
             phase.name: PhaseOptimizer(phase, method.modules, accelerator, options, max_steps)
@@ -157,7 +164,8 @@ class TrainingStep:
             The means of the raw values over this process's micro-batches with the gradients' norms before clipping,
             or None if the step was skipped; and the weights of the losses.
         """
-        phases = self.method.phases
+        # A method may have frozen all that a phase trains, for good.
+        phases = [phase for phase in self.method.phases if self.optimizers[phase.name].is_active()]
         # Several phases read the batches several times; one alone takes them as they come.
         share = (next(batches) for _ in range(self.num_micro_batches))
         held = list(share) if len(phases) > 1 else []
@@ -167,8 +175,9 @@ class TrainingStep:
         for phase in phases:
             sums, phase_weights = self._accumulate(phase, held or share, step)
             norm, is_finite = self.optimizers[phase.name].step(self.accelerator, step)
-            name = "" if len(phases) == 1 else f"/{phase.name}"
+            name = "" if len(self.method.phases) == 1 else f"/{phase.name}"
             loss = {f"loss{name}": sums.pop("loss")}
+            self.loss_names |= {"loss", *loss, *sums}
             values |= {**loss, **sums, f"grad_norm{name}": norm}
             weights |= phase_weights
             if not is_finite:
@@ -213,10 +222,23 @@ class TrainingStep:
             for parameter in module.parameters()
             if parameter.requires_grad
         ]
-        for parameter in others:
-            parameter.requires_grad_(False)
+        self._freeze(others, True)
         try:
-            yield StepContext(step, modules, self.ema.of_module, self.accelerator.autocast)
+            yield StepContext(step, modules, self._average_of, self.accelerator.autocast)
         finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
+            self._freeze(others, False)
+
+    def _freeze(self, parameters: Sequence[nn.Parameter], frozen: bool) -> None:
+        for parameter in parameters:
+            parameter.requires_grad_(not frozen)
+        if self.sharded and parameters:
+            # What FSDP2 has gathered for another phase keeps that phase's weights, and whether they are trained.
+            for module in self.method.modules.values():
+                reshard(module)
+
+    def _average_of(self, module: str) -> dict[str, torch.Tensor]:
+        if self.sharded:
+            raise ConfigurationError(
+                "the method runs averaged weights forward, which FSDP2 has shared out: launch without --use_fsdp."
+            )
+        return self.ema.of_module(module)

@@ -41,9 +41,11 @@ from diffusers_srepa.training.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
     RunLock,
+    check_free,
     check_output_folder,
     checkpoint_folders,
     clear_output_folder,
+    holds_run,
     set_aside_later,
     truncate_metrics,
     writing_to,
@@ -84,8 +86,11 @@ class Trainer:
         config = copy.deepcopy(config)
         precision: Any = resolve_precision(config.training.mixed_precision)
         config.training.mixed_precision = precision
+        # What is written down is what was used.
         if dataset is not None:
-            config.data.dataset = config.data.dataset or "(in memory)"
+            config.data.dataset = "(in memory)"
+        if method is not None:
+            config.method = type(method).__name__
         config.validate()
         check_output_folder(config)
         self.config = config
@@ -155,8 +160,8 @@ class Trainer:
             sharded=sharded,
         )
         self.ema = self.training.ema
-        self.writer = RunWriter(accelerator, config, method, self.training, templates, self.dataset.id2label)
         method.to(accelerator.device)
+        self.writer = RunWriter(accelerator, config, method, self.training, templates, self.dataset.id2label)
         if resumed is not None:
             self._restore(resumed)
 
@@ -175,6 +180,8 @@ class Trainer:
         config = self.config
         if self.accelerator.is_main_process:
             with writing_to(self.output_dir):
+                if not holds_run(self.output_dir):
+                    check_free(self.output_dir, saved_parts(self.modules))
                 if config.overwrite_output_dir and not config.resume_from_checkpoint:
                     clear_output_folder(self.output_dir, saved_parts(self.modules))
                 write_text(self.output_dir / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -186,7 +193,10 @@ class Trainer:
     # ------------------------------------------------------- for callbacks
 
     def stop(self, reason: str) -> None:
-        """End the run after the present step as if it were the last: checkpoint, pipeline and card are written."""
+        """End the run after the present step, with several processes after the next, as if that were its last.
+
+        Values are logged, images sampled where `validation.every` is not 0, checkpoint, pipeline and card written.
+        """
         self.stop_request.finish(reason)
 
     def add_metrics(self, values: Mapping[str, float]) -> None:
@@ -211,13 +221,14 @@ class Trainer:
         self.progress.announce(self.method.describe() or [type(self.method).__name__])
         self.training.train_mode()
         try:
-            with writing_to(self.output_dir), self.stop_request:
+            with self.stop_request:
                 if self.step < self.config.training.max_steps:
                     self._loop()
                 # Every growth of the scale of fp16 may cost one step, so one says nothing about the weights.
                 let_pass = int(self.accelerator.scaler is not None)
                 self.guard.check(self.step, self.output_dir, let_pass)
-                self.writer.finish(self.step, self.repository)
+                with writing_to(self.output_dir):
+                    self.writer.finish(self.step, self.repository)
                 for callback in self.callbacks:
                     callback.on_train_end(self, self.step)
             self._end()
@@ -251,7 +262,7 @@ class Trainer:
         )
         with closing(batches), in_options(DATA_OPTIONS):
             for batch in batches:
-                self.replaced_images += int(batch["replaced"].sum())
+                self.replaced_images += int(batch["replaced"].sum()) if "replaced" in batch else 0
                 # Positions stay on the CPU, where the random numbers are drawn.
                 yield {
                     name: value
@@ -287,7 +298,8 @@ class Trainer:
         started = time.perf_counter()
         if values is not None and self._unproven_checkpoint is not None:
             # Its weights have given a finite loss now: older checkpoints may go.
-            self.writer.prune_checkpoints()
+            with writing_to(self.output_dir):
+                self.writer.prune_checkpoints()
             self._unproven_checkpoint = None
         self._save_is_due = self._save_is_due or self._is_due(config.checkpoints.every)
         if self._save_is_due and values is not None:
@@ -303,7 +315,8 @@ class Trainer:
         more = self.training.current_learning_rate(self.step)
         more |= {f"weight/{name}": weight for name, weight in self._loss_weights.items()}
         more |= {"replaced_images": float(self._count_replaced()), "skipped_steps": float(self.guard.skipped_steps)}
-        self.progress.log_values(self.step, {**more, **self._metrics})
+        with writing_to(self.output_dir):
+            self.progress.log_values(self.step, {**more, **self._metrics})
         self._metrics = {}
 
     def _count_replaced(self) -> int:
@@ -312,7 +325,8 @@ class Trainer:
         return int(self.accelerator.reduce(total, reduction="sum"))
 
     def _validate(self) -> None:
-        images, grid = self.writer.validate(self.step, self.stop_request.requested)
+        with writing_to(self.output_dir):
+            images, grid = self.writer.validate(self.step, self.stop_request.requested)
         if grid is not None:
             self.progress.log.log_image("validation", grid, self.step)
         for callback in self.callbacks:
@@ -336,6 +350,12 @@ class Trainer:
             callback.on_checkpoint(self, self.step, folder)
 
     def _stop(self, stop: Stop, is_finite: bool) -> None:
+        if stop is Stop.FINISH:
+            # What the last step of a run has besides.
+            if self.step % self.config.training.log_every:
+                self._log()
+            if self.config.validation.every and not self._is_due(self.config.validation.every):
+                self._validate()
         if is_finite and self._unproven_checkpoint != self.step:
             self._save_checkpoint()
         if stop is Stop.FINISH:
