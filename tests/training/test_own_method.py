@@ -140,8 +140,11 @@ def test_another_method_s_checkpoint_is_refused(assets: Path, critic_options: li
     class OnePhase(CriticMethod):
         def __init__(self, config: CriticConfig) -> None:
             super().__init__(config)
-            self.phases = self.phases[1:]
+            self.phases = (replace(self.phases[1], modules=("transformer", "gain", "critic")),)
 
+    with pytest.raises(ConfigurationError, match="method was CriticMethod and is OnePhase"):
+        Trainer(config, method=OnePhase(config))
+    config.resume_with_changes = True
     with pytest.raises(ConfigurationError, match="it has the phases critic, generator, but the method has generator"):
         Trainer(config, method=OnePhase(config))
     assert not (tmp_path / "new").exists()
