@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from diffusers_srepa.errors import ConfigurationError, one_line
+from diffusers_srepa.hub_errors import explain_failure
 from diffusers_srepa.models.presets import transformer_class
 
 
@@ -55,9 +56,7 @@ def find_folder(source: str | Path, patterns: Sequence[str] = (f"{TRANSFORMER}/*
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=list(patterns)))
         except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"there is no pipeline `source` {source} ({one_line(error)}): give a folder or a Hub id."
-            ) from None
+            raise ConfigurationError(f"the pipeline `source` {source} {explain_failure(error, 'source')}.") from None
     if not (folder / TRANSFORMER / _CONFIG_FILE).is_file():
         raise ConfigurationError(
             f"`source` {source} has no folder {TRANSFORMER} with a {_CONFIG_FILE}: give the folder of a pipeline or a "
@@ -99,9 +98,7 @@ def load_transformer(source: str | Path, *, sample_size: int | tuple[int, int] |
             transformer = cls.from_config({**config, "sample_size": sample_size})
             transformer.load_state_dict(weights, strict=False)
     except _UNREADABLE as error:
-        raise ConfigurationError(
-            f"the transformer of `source` {source} cannot be loaded ({one_line(error)}): change `source`."
-        ) from None
+        raise ConfigurationError(f"the transformer of `source` {source} {explain_failure(error, 'source')}.") from None
     return transformer.eval()
 
 
