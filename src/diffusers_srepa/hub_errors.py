@@ -12,8 +12,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx
 
 from diffusers_srepa.errors import causes, one_line
+
+
+# What loading from a folder or the Hub raises; a connection that breaks is no OSError.
+FETCH_ERRORS = (OSError, ValueError, httpx.TransportError)
 
 
 def is_caused_by(error: BaseException, *kinds: type[BaseException]) -> bool:
@@ -48,7 +53,7 @@ def explain_failure(error: BaseException, argument: str = "name_or_path", revisi
     response = next((cause for cause in causes(error) if isinstance(cause, HfHubHTTPError)), None)
     if response is not None:
         return f"cannot be fetched from the Hub now ({one_line(response)}): try again later"
-    if is_caused_by(error, LocalEntryNotFoundError, OfflineModeIsEnabled):
+    if is_caused_by(error, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError):
         return (
             "is neither a local folder nor in the cache, and the Hub was not asked (HF_HUB_OFFLINE, local_files_only) "
             f"or cannot be reached: check `{argument}` and the network"

@@ -124,7 +124,7 @@ def test_push_to_a_branch_and_other_parts(hub: HubServer, run_folder: Path) -> N
     assert "vae/model.safetensors" in files and not any(path.startswith("projectors/") for path in files)
     push_folder(run_folder, repo_id, revision="step-400000")
     assert "projectors/default/config.json" in repository.resolve("step-400000").files
-    for outside in ("../run", str(run_folder)):
+    for outside in ("../run", str(run_folder), "."):
         with pytest.raises(HubError, match="not a part of the folder") as caught:
             push_folder(run_folder, repo_id, parts=[outside])
         assert is_one_sentence(caught.value)

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusers_srepa.errors import ConfigurationError
-from diffusers_srepa.hub_errors import explain_failure, is_missing_file
+from diffusers_srepa.hub_errors import FETCH_ERRORS, explain_failure, is_missing_file
 from diffusers_srepa.latents.latent_space import LatentSpace
 
 
@@ -102,7 +102,7 @@ class AutoencoderKLLatents(LatentSpace):
                 output_loading_info=True,
                 **where,
             )
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
+        except (*FETCH_ERRORS, RuntimeError, TypeError) as error:
             raise ConfigurationError(
                 f"the autoencoder {name_or_path} {explain_failure(error, revision=revision)}."
             ) from error
@@ -157,7 +157,7 @@ def _find_config(name: str, subfolder: str | None, where: dict[str, Any]) -> tup
             continue
         try:
             return AutoencoderKL.load_config(name, subfolder=candidate, **where), candidate
-        except (OSError, ValueError) as error:
+        except FETCH_ERRORS as error:
             if is_missing_file(error):
                 missing.append(folder)
             else:

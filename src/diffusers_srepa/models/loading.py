@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from diffusers_srepa.errors import ConfigurationError, one_line
-from diffusers_srepa.hub_errors import explain_failure
+from diffusers_srepa.hub_errors import FETCH_ERRORS, explain_failure
 from diffusers_srepa.models.presets import transformer_class
 
 
@@ -36,7 +36,7 @@ _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _STATE_FILE = "state.json"
 # By format of a checkpoint: the other weights, and what stands there before a parameter's name.
 _OTHER_WEIGHTS = {1: ("ema.safetensors", ""), 2: ("raw.safetensors", "student.")}
-_UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError)
+_UNREADABLE = (*FETCH_ERRORS, RuntimeError, TypeError, KeyError, SafetensorError)
 
 
 def find_folder(source: str | Path, patterns: Sequence[str] = (f"{TRANSFORMER}/*", f"{PROJECTORS}/*")) -> Path:
@@ -55,7 +55,7 @@ def find_folder(source: str | Path, patterns: Sequence[str] = (f"{TRANSFORMER}/*
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=list(patterns)))
-        except (OSError, ValueError) as error:
+        except FETCH_ERRORS as error:
             raise ConfigurationError(f"the pipeline `source` {source} {explain_failure(error, 'source')}.") from None
     if not (folder / TRANSFORMER / _CONFIG_FILE).is_file():
         raise ConfigurationError(

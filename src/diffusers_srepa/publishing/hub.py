@@ -183,19 +183,21 @@ def _paths_to_push(folder: Path, parts: Sequence[str]) -> list[str]:
     """The files of the pipeline and of `parts`, relative to the folder."""
     try:
         index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        # A component is [library, class]; one that is left out is [null, null].
         components = [
-            name for name, entry in index.items() if isinstance(entry, list) and entry[:1] not in ([], [None])
+            name
+            for name, entry in index.items()
+            if not name.startswith("_") and isinstance(entry, list) and [type(word) for word in entry] == [str, str]
         ]
     except (OSError, ValueError, AttributeError) as error:
         raise HubError(f"the folder {folder} holds no finished pipeline to push ({one_line(error)}).") from None
-    components = [name for name in components if not name.startswith("_")]
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise HubError(f"the folder {folder} lacks {missing[0]}, which its {INDEX_FILE} names: push a whole pipeline.")
     paths: set[str] = set()
     for name in (*_FILES, *components, *parts):
         relative = Path(name)
-        if relative.is_absolute() or ".." in relative.parts:
+        if not relative.parts or relative.is_absolute() or ".." in relative.parts:
             raise HubError(f"{name} is not a part of the folder {folder}: give names of folders in it.")
         inside = [folder / name, *(folder / parent for parent in relative.parents[:-1])]
         for file in (*inside, *sorted((folder / name).rglob("*"))):

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers.utils import cached_file
 
 from diffusers_srepa.errors import ConfigurationError, causes, one_line
-from diffusers_srepa.hub_errors import explain_failure, is_caused_by
+from diffusers_srepa.hub_errors import FETCH_ERRORS, explain_failure, is_caused_by
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TeacherSource:
         """As `find_file`, but `None` only where the repository is known not to have the file."""
         try:
             return cached_file(self.name_or_path, file_name, **self.hub_arguments)
-        except (OSError, ValueError) as error:
+        except FETCH_ERRORS as error:
             # A file that is not there is an error without a cause and without a number; all others have one.
             is_missing = type(error) is OSError and error.errno is None and len(tuple(causes(error))) == 1
             if is_missing or self._known_as_missing(file_name):
