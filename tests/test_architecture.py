@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "diffusers_srepa"
 PACKAGE = "diffusers_srepa"
 
 LEVELS = [
-    {"errors", "files", "hooks", "interpolant", "randomness", "tokens"},
+    {"errors", "files", "hooks", "hub_errors", "interpolant", "randomness", "tokens"},
     {"models", "schedulers", "latents", "teachers", "alignment"},
     {"pipelines", "data"},
     {"configuration", "publishing", "sampling"},

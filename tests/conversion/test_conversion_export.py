@@ -111,7 +111,7 @@ def test_what_cannot_be_exported(convert, tmp_path: Path, tree):
     assert "norm_eps" in refused(tmp_path / "eps")
     assert "no square" in refused(tmp_path / "wide")
     assert "no folder transformer" in refused(tmp_path / "good" / "transformer")
-    assert "there is no pipeline" in refused("nobody/nothing")
+    assert "nobody/nothing is neither a local folder nor in the cache" in refused("nobody/nothing")
     torch.save({}, tmp_path / "a.pt")
     assert "is a file" in refused(tmp_path / "a.pt")
     assert "own folder" in refused(tmp_path / "good", output=tmp_path / "good")

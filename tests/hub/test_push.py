@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
 
+from diffusers_srepa.publishing import hub as publishing
 from diffusers_srepa.publishing.hub import HubError, create_repository, push_folder
 from tests.hub.server import OTHER_TOKEN, READ_TOKEN, TOKEN, HubServer
 
@@ -20,7 +24,7 @@ WEIGHTS = os.urandom(4096)
 PIPELINE_FILES: dict[str, bytes] = {
     "README.md": CARD.encode(),
     "config.yaml": b"seed: 0\n",
-    "model_index.json": b"{}",
+    "model_index.json": b'{"_class_name": "SiTPipeline", "transformer": ["a", "B"], "vae": [null, null], "k": 1}',
     "projectors/default/config.json": b"{}",
     "projectors/default/diffusion_pytorch_model.safetensors": WEIGHTS,
     "sample_grid.png": b"\x89PNG\0",
@@ -38,6 +42,13 @@ OTHER_FILES = (
     "train.log",
     "transformer/.cache/x",
     ".checkpoint-200.tmp/model.safetensors",
+    "abandoned-checkpoint-300/config.yaml",
+    "abandoned-checkpoint-300/optimizer.safetensors",
+    "id_rsa",
+    "notes.json",
+    "samples/0000.png",
+    "transformer/id_rsa",
+    "vae/model.safetensors",
 )
 
 
@@ -104,16 +115,92 @@ def test_pushing_again_sends_what_changed_only(hub: HubServer, run_folder: Path)
     assert "notes.md" in hub.model(repo_id).resolve("main").files
 
 
-def test_push_to_a_branch_and_with_other_patterns(hub: HubServer, run_folder: Path) -> None:
+def test_push_to_a_branch_and_other_parts(hub: HubServer, run_folder: Path) -> None:
     repo_id = create_repository("tester/run")
-    push_folder(run_folder, repo_id, revision="step-400000", ignore_patterns=("checkpoint-*/", "*.safetensors", ".*"))
+    push_folder(run_folder, repo_id, revision="step-400000", parts=["projectors/none", "vae"])
     repository = hub.model(repo_id)
     assert sorted(repository.resolve("main").files) == [".gitattributes"]
     files = repository.resolve("step-400000").files
-    assert "metrics.jsonl" in files and "validation/step-10/grid.png" in files
-    assert not any(path.endswith(".safetensors") for path in files)
+    assert "vae/model.safetensors" in files and not any(path.startswith("projectors/") for path in files)
     push_folder(run_folder, repo_id, revision="step-400000")
-    assert "transformer/diffusion_pytorch_model.safetensors" in repository.resolve("step-400000").files
+    assert "projectors/default/config.json" in repository.resolve("step-400000").files
+    for outside in ("../run", str(run_folder), "."):
+        with pytest.raises(HubError, match="not a part of the folder") as caught:
+            push_folder(run_folder, repo_id, parts=[outside])
+        assert is_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("name", ["README.md", "transformer", "transformer/config.json", "projectors", "projectors/x"])
+def test_no_link_is_followed(hub: HubServer, run_folder: Path, tmp_path: Path, name: str) -> None:
+    create_repository("tester/run")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "config.json").write_text("{}")
+    place = run_folder / name
+    if place.exists():
+        place.rename(tmp_path / "moved")
+    place.symlink_to(tmp_path / "secret")
+    with pytest.raises(HubError, match=f"{place} is a link") as caught:
+        push_folder(run_folder, "tester/run", parts=["projectors/default", "projectors"])
+    assert is_one_sentence(caught.value)
+    assert sorted(hub.model("tester/run").resolve("main").files) == [".gitattributes"]
+
+
+def test_links_beside_the_pipeline_do_not_matter(hub: HubServer, run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run_folder)
+    (run_folder / "latest").symlink_to(run_folder / "checkpoint-100")
+    repo_id = create_repository("tester/run")
+    push_folder(tmp_path / "link", repo_id)
+    assert set(hub.model(repo_id).resolve("main").files) == {".gitattributes", *PIPELINE_FILES}
+
+
+def test_half_a_pipeline_is_not_pushed(hub: HubServer, run_folder: Path) -> None:
+    (run_folder / "model_index.json").write_text('{"transformer": ["a", "B"], "scheduler": ["a", "C"]}')
+    with pytest.raises(HubError, match="lacks scheduler") as caught:
+        push_folder(run_folder, "tester/run")
+    assert is_one_sentence(caught.value) and hub.log == []
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a Hub that accepts connections and never answers; patience is a fraction of a second."""
+    monkeypatch.setattr(publishing, "_SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        yield address
+
+
+def test_a_hub_that_never_answers_is_given_up(
+    hub: HubServer, run_folder: Path, waits: list[float], silent: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(HubError, match=f"3 attempts: the Hub at {silent} cannot be reached") as caught:
+        create_repository("tester/run")
+    assert is_one_sentence(caught.value)
+    with pytest.raises(HubError, match="2 attempts.*push them again later") as caught:
+        push_folder(run_folder, "tester/run", attempts=2)
+    assert is_one_sentence(caught.value)
+    assert time.monotonic() - started < 10 and caplog.text.count("not pushed") == 1, caplog.text
+
+
+def test_no_call_takes_longer_than_its_limit(
+    hub: HubServer, run_folder: Path, silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the Hub keeps the connection alive, or the client itself waits and repeats."""
+    monkeypatch.setattr(publishing, "_SILENCE", 3.0)
+    for limit in ("_SHORT_CALLS", "_PUSH"):
+        monkeypatch.setattr(publishing, limit, 0.3)
+    started = time.monotonic()
+    with pytest.raises(HubError, match=f"the Hub at {silent} has not answered in") as caught:
+        create_repository("tester/run")
+    assert is_one_sentence(caught.value)
+    with pytest.raises(HubError, match="has not answered in .*push them again later") as caught:
+        push_folder(run_folder, "tester/run")
+    assert is_one_sentence(caught.value) and time.monotonic() - started < 2.5
+    for thread in threading.enumerate():
+        if thread.name == "hub":
+            monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+            thread.join(20)
 
 
 @pytest.mark.parametrize("status", [503, 429, 500, None])

@@ -113,7 +113,7 @@ def test_private_gated_and_missing_repositories_get_one_sentence(
     hub: HubServer, pushed: Callable[..., str], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     repo_id = pushed("dinov3_vit", private=True)
-    assert "nor a Hub repository that you can see: check `name_or_path` or `token`" in refused(repo_id, token=False)
+    assert "nor a Hub repository that you can see: check `name_or_path` or your token" in refused(repo_id, token=False)
     assert "nor a Hub repository that you can see" in refused("tester/no-such-teacher")
     monkeypatch.delenv("HF_TOKEN")
     teacher = Teacher.from_pretrained(repo_id, token=TOKEN, cache_dir=tmp_path / "cache")
@@ -122,7 +122,7 @@ def test_private_gated_and_missing_repositories_get_one_sentence(
     for method in ("HEAD", "GET"):
         hub.fail(method, "/resolve/", status=403, times=100, headers=gate)
     message = refused(repo_id, token=TOKEN, cache_dir=tmp_path / "empty")
-    assert "is gated: accept its conditions on its Hub page and pass a `token` that may read it" in message
+    assert "is gated: accept its conditions on its Hub page and pass a token that may read it" in message
 
 
 def test_once_loaded_it_loads_offline(

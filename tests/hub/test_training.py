@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import HfApi, ModelCard
 
 from diffusers_srepa.configuration.command_line import load_training_config
 from diffusers_srepa.pipelines.hub import SiTPipeline
+from diffusers_srepa.publishing import hub as publishing
 from diffusers_srepa.publishing.hub import HubError
 from diffusers_srepa.training.trainer import Trainer
 from tests.helpers.tiny_run import write_assets
@@ -44,7 +47,11 @@ def test_train_from_ids_and_push(hub: HubServer, assets: Path, tmp_path: Path) -
     hub.log.clear()
     options = ["--latents.vae", "tester/vae", "--teacher.name_or_path", "tester/teacher"]
     options += ["--data.dataset", "tester/images", "--validation.every", "2"]
-    trainer(assets, tmp_path / "my-run", *options).train()
+    run = trainer(assets, tmp_path / "my-run", *options)
+    (tmp_path / "my-run" / "abandoned-checkpoint-1").mkdir(parents=True)
+    for private in ("abandoned-checkpoint-1/config.yaml", "id_rsa"):
+        (tmp_path / "my-run" / private).write_text("private")
+    run.train()
 
     repository = hub.model("tester/my-run")
     assert len(repository.history("main")) == 2 and not repository.private
@@ -96,4 +103,19 @@ def test_a_hub_that_fails_at_the_end_costs_a_warning(
     assert TOKEN not in caplog.text
     card = (tmp_path / "run" / "README.md").read_text()
     assert "| Data | a local dataset |" in card and str(assets) not in card and str(tmp_path) not in card
+    SiTPipeline.from_pretrained(tmp_path / "run")
+
+
+def test_training_ends_with_a_hub_that_never_answers_and_says_so_once(
+    hub: HubServer, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(assets, tmp_path / "run")
+    monkeypatch.setattr(publishing, "_SILENCE", 0.2)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with socket.create_server(("127.0.0.1", 0)) as listener, caplog.at_level(logging.WARNING):
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        run.train()
+    said = [record.getMessage() for record in caplog.records if address in record.getMessage()]
+    assert len(said) == 1 and "was not pushed" in said[0] and "cannot be reached" in said[0]
     SiTPipeline.from_pretrained(tmp_path / "run")

@@ -139,12 +139,16 @@ def test_dtype_is_float32_unless_asked_for(latent_space, tmp_path):
 
 
 def test_missing_autoencoder_is_one_sentence(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"no autoencoder was found at .*`name_or_path`") as error:
+    with pytest.raises(
+        ConfigurationError, match=r"the autoencoder .*nothing is neither a local folder.*`name_or_path`"
+    ) as error:
         load_latent_space(tmp_path / "nothing")
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigurationError, match="no autoencoder was found"):
         load_latent_space(tmp_path, subfolder="vae")
-    with pytest.raises(ConfigurationError, match="no autoencoder was found at nobody/nothing"):
+    with pytest.raises(
+        ConfigurationError, match="the autoencoder nobody/nothing is neither a local folder nor in the"
+    ):
         load_latent_space("nobody/nothing", local_files_only=True)
 
 

@@ -13,6 +13,7 @@ from diffusers_srepa.training.run_folder import (
     check_output_folder,
     checkpoint_folders,
     clear_output_folder,
+    prune_checkpoints,
     truncate_metrics,
 )
 
@@ -77,6 +78,18 @@ def test_clearing_leaves_what_is_not_the_run_s(tmp_path: Path) -> None:
     (tmp_path / "abandoned-checkpoint-20").mkdir()
     clear_output_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["my-notes"]
+
+
+def test_abandoned_checkpoints_count_and_go_first(tmp_path: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-10", "abandoned-checkpoint-9", "abandoned-checkpoint-12"):
+        (tmp_path / name).mkdir()
+    left = []
+    for limit in (None, 3, 2, 1):
+        prune_checkpoints(tmp_path, limit)
+        left.append(sorted(path.name for path in tmp_path.iterdir()))
+    assert len(left[0]) == 4
+    assert left[1] == ["abandoned-checkpoint-12", "checkpoint-10", "checkpoint-2"]
+    assert left[2:] == [["checkpoint-10", "checkpoint-2"], ["checkpoint-10"]]
 
 
 def test_metrics_are_cut_after_the_resumed_step(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def run(argv: Sequence[str], prog: str) -> None:
         sys.stdout.write(f"{result.summary}\n" + "".join(f"note: {note}\n" for note in result.notes))
         sys.stdout.write(f"written to {result.path}\n")
         if result.repository is not None:
-            url = push_folder(result.path, result.repository, commit_message="Upload converted SiTPipeline")
+            message = "Upload converted SiTPipeline"
+            url = push_folder(result.path, result.repository, commit_message=message, parts=result.parts)
             sys.stdout.write(f"pushed to {url}\n")
 
 

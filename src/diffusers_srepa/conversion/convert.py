@@ -22,6 +22,7 @@ from diffusers_srepa.errors import ConfigurationError, in_options, one_line
 from diffusers_srepa.files import remedy, written_folder
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 from diffusers_srepa.latents.loading import load_latent_space
+from diffusers_srepa.models.loading import PROJECTORS
 from diffusers_srepa.models.transformer_sit import SiTTransformer2DModel
 from diffusers_srepa.pipelines.hub import SiTPipeline
 from diffusers_srepa.publishing.card_facts import ConvertedCardFacts
@@ -44,12 +45,14 @@ class Conversion:
         summary (`str`): a sentence about what was found and written.
         notes (`tuple[str, ...]`): what the user should know beyond it.
         repository (`str`, *optional*): the Hub repository that was claimed for it.
+        parts (`tuple[str, ...]`): folders that were written beside the pipeline's components.
     """
 
     path: Path
     summary: str
     notes: tuple[str, ...] = ()
     repository: str | None = None
+    parts: tuple[str, ...] = ()
 
 
 def convert_checkpoint(
@@ -116,14 +119,15 @@ def convert_checkpoint(
         id2label=labels,
         guidance_channels=GUIDANCE_CHANNELS if is_guided_in_part else None,
     )
+    parts = {f"{PROJECTORS}/{name}": projector for name, projector in projectors.items()}
     repository = claim_repository() if claim_repository is not None else None
     facts = _facts(selected, layout, pipeline, list(projectors), repository)
     with written_or_refused(target), written_folder(target.resolve()) as folder:
         pipeline.save_pretrained(folder)
-        for name, projector in projectors.items():
-            save_projector(projector, folder / "projectors" / name)
+        for name, projector in parts.items():
+            save_projector(projector, folder / name)
         write_model_card(folder, facts=facts)
-    return Conversion(target, _summary(facts, layout), _notes(selected, layout, weights), repository)
+    return Conversion(target, _summary(facts, layout), _notes(selected, layout, weights), repository, tuple(parts))
 
 
 def _check_target(target: Path, overwrite: bool, sources: Sequence[str | Path]) -> None:

@@ -12,7 +12,8 @@ from typing import Any, Self
 import torch
 from diffusers import AutoencoderKL
 
-from diffusers_srepa.errors import ConfigurationError, one_line
+from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.hub_errors import FETCH_ERRORS, explain_failure, is_missing_file
 from diffusers_srepa.latents.latent_space import LatentSpace
 
 
@@ -101,9 +102,9 @@ class AutoencoderKLLatents(LatentSpace):
                 output_loading_info=True,
                 **where,
             )
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
+        except (*FETCH_ERRORS, RuntimeError, TypeError) as error:
             raise ConfigurationError(
-                f"the autoencoder {name_or_path} cannot be loaded ({one_line(error)}): change `name_or_path`."
+                f"the autoencoder {name_or_path} {explain_failure(error, revision=revision)}."
             ) from error
         missing = sorted(loaded["missing_keys"])
         if missing:
@@ -147,15 +148,23 @@ class AutoencoderKLLatents(LatentSpace):
 def _find_config(name: str, subfolder: str | None, where: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The autoencoder's configuration, and the subfolder that holds it."""
     candidates = [subfolder] if subfolder is not None else [None, "vae"]
-    reasons = []
+    missing, failures = [], []
     for candidate in candidates:
         folder = Path(name) / (candidate or "")
         # diffusers falls back to the parent folder when a local subfolder has no configuration.
         if Path(name).is_dir() and not (folder / AutoencoderKL.config_name).is_file():
-            reasons.append(f"{folder} has no {AutoencoderKL.config_name}")
+            missing.append(folder)
             continue
         try:
             return AutoencoderKL.load_config(name, subfolder=candidate, **where), candidate
-        except (OSError, ValueError) as error:
-            reasons.append(one_line(error))
-    raise ConfigurationError(f"no autoencoder was found at {name} ({reasons[0]}): change `name_or_path`.")
+        except FETCH_ERRORS as error:
+            if is_missing_file(error):
+                missing.append(folder)
+            else:
+                failures.append(error)
+    if failures:
+        reason = explain_failure(failures[0], revision=where["revision"])
+        raise ConfigurationError(f"the autoencoder {name} {reason}.") from failures[0]
+    raise ConfigurationError(
+        f"no autoencoder was found at {name} ({missing[0]} has no {AutoencoderKL.config_name}): change `name_or_path`."
+    )

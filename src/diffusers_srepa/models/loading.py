@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from diffusers_srepa.errors import ConfigurationError, one_line
+from diffusers_srepa.hub_errors import FETCH_ERRORS, explain_failure
 from diffusers_srepa.models.presets import transformer_class
 
 
@@ -35,7 +36,7 @@ _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _STATE_FILE = "state.json"
 # By format of a checkpoint: the file of the other weights, those that are not in the modules' own folders.
 _OTHER_WEIGHTS = {1: "ema.safetensors", 2: "raw.safetensors"}
-_UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError)
+_UNREADABLE = (*FETCH_ERRORS, RuntimeError, TypeError, KeyError, SafetensorError)
 
 
 def find_folder(source: str | Path, patterns: Sequence[str] = (f"{TRANSFORMER}/*", f"{PROJECTORS}/*")) -> Path:
@@ -54,10 +55,8 @@ def find_folder(source: str | Path, patterns: Sequence[str] = (f"{TRANSFORMER}/*
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=list(patterns)))
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"there is no pipeline `source` {source} ({one_line(error)}): give a folder or a Hub id."
-            ) from None
+        except FETCH_ERRORS as error:
+            raise ConfigurationError(f"the pipeline `source` {source} {explain_failure(error, 'source')}.") from None
     if not (folder / TRANSFORMER / _CONFIG_FILE).is_file():
         raise ConfigurationError(
             f"`source` {source} has no folder {TRANSFORMER} with a {_CONFIG_FILE}: give the folder of a pipeline or a "
@@ -99,9 +98,7 @@ def load_transformer(source: str | Path, *, sample_size: int | tuple[int, int] |
             transformer = cls.from_config({**config, "sample_size": sample_size})
             transformer.load_state_dict(weights, strict=False)
     except _UNREADABLE as error:
-        raise ConfigurationError(
-            f"the transformer of `source` {source} cannot be loaded ({one_line(error)}): change `source`."
-        ) from None
+        raise ConfigurationError(f"the transformer of `source` {source} {explain_failure(error, 'source')}.") from None
     return transformer.eval()
 
 

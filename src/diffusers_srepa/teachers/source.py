@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers.utils import cached_file
 
 from diffusers_srepa.errors import ConfigurationError, causes, one_line
+from diffusers_srepa.hub_errors import FETCH_ERRORS, explain_failure, is_caused_by
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ class TeacherSource:
         try:
             return self._locate(file_name)
         except ConfigurationError as error:
-            if self.is_offline and any(isinstance(cause, LocalEntryNotFoundError) for cause in causes(error)):
+            if self.is_offline and is_caused_by(error, LocalEntryNotFoundError):
                 return None
             raise
 
@@ -95,7 +88,7 @@ class TeacherSource:
         """As `find_file`, but `None` only where the repository is known not to have the file."""
         try:
             return cached_file(self.name_or_path, file_name, **self.hub_arguments)
-        except (OSError, ValueError) as error:
+        except FETCH_ERRORS as error:
             # A file that is not there is an error without a cause and without a number; all others have one.
             is_missing = type(error) is OSError and error.errno is None and len(tuple(causes(error))) == 1
             if is_missing or self._known_as_missing(file_name):
@@ -115,28 +108,6 @@ class TeacherSource:
 
     def failure(self, error: BaseException) -> ConfigurationError:
         """One sentence for what `transformers` and the Hub client raise."""
-        found = tuple(causes(error))
-
-        def caused_by(*kinds: type[BaseException]) -> bool:
-            return any(isinstance(cause, kinds) for cause in found)
-
-        if caused_by(GatedRepoError):
-            reason = "is gated: accept its conditions on its Hub page and pass a `token` that may read it"
-        elif caused_by(RepositoryNotFoundError, HFValidationError):
-            reason = (
-                "is neither a local folder or file nor a Hub repository that you can see: check `name_or_path` or "
-                "`token`"
-            )
-        elif caused_by(RevisionNotFoundError):
-            reason = f"has no revision {self.revision!r}: choose a branch, tag or commit of it as `revision`"
-        elif caused_by(HfHubHTTPError):
-            response = next(cause for cause in found if isinstance(cause, HfHubHTTPError))
-            reason = f"cannot be fetched from the Hub now ({one_line(response)}): try again later"
-        elif caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled):
-            reason = (
-                "is neither a local folder nor in the cache, and the Hub was not asked or cannot be reached: check "
-                "`name_or_path`, the network, `cache_dir` and `local_files_only`"
-            )
-        else:
-            reason = f"cannot be loaded ({one_line(error)})"
-        return ConfigurationError(f"the teacher {self.name_or_path!r} {reason}.")
+        return ConfigurationError(
+            f"the teacher {self.name_or_path!r} {explain_failure(error, revision=self.revision)}."
+        )

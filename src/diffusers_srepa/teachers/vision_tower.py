@@ -16,12 +16,13 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.hub_errors import FETCH_ERRORS
 from diffusers_srepa.teachers.families import TeacherFamily
 from diffusers_srepa.teachers.source import TeacherSource
 from diffusers_srepa.tokens import Grid
 
 
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (*FETCH_ERRORS, RuntimeError, KeyError, SafetensorError, UnpicklingError)
 # Parameters that no forward of a teacher reads.
 UNUSED_WEIGHTS = ("mask_token", "pooler.dense.weight", "pooler.dense.bias")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from diffusers_srepa.sampling.images import SamplingSettings, check_sampling, sa
 from diffusers_srepa.training.card_facts import write_card
 from diffusers_srepa.training.checkpoint import RunState, optimizer_state, save_checkpoint, save_parts
 from diffusers_srepa.training.distributed import gather
-from diffusers_srepa.training.method import TrainingMethod
+from diffusers_srepa.training.method import TrainingMethod, saved_parts
 from diffusers_srepa.training.run_folder import prune_checkpoints, writing_to
 from diffusers_srepa.training.step import TrainingStep
 
@@ -173,7 +173,7 @@ class RunWriter:
                 )
                 logger.info(f"the finished pipeline is in {self.output_dir}")
                 if repository is not None:
-                    push(self.output_dir, repository, step)
+                    push(self.output_dir, repository, step, list(saved_parts(averaged)))
         self.accelerator.wait_for_everyone()
 
 
@@ -218,10 +218,11 @@ def claim_repository(config: RunConfig, accelerator: Accelerator) -> str | None:
     return broadcast_object_list(repository)[0]
 
 
-def push(output_dir: Path, repository: str, step: int) -> None:
-    """Upload the finished pipeline; a Hub that fails costs a warning, never the run."""
+def push(output_dir: Path, repository: str, step: int, parts: Sequence[str]) -> None:
+    """Upload the finished pipeline and the folders of its `parts`; a Hub that fails costs a warning, never the run."""
+    message = f"Upload SiTPipeline after {step} steps"
     try:
-        url = hub.push_folder(output_dir, repository, commit_message=f"Upload SiTPipeline after {step} steps")
+        url = hub.push_folder(output_dir, repository, commit_message=message, parts=parts)
     except hub.HubError as error:
         logger.warning(f"the pipeline was not pushed: {error}")
         return

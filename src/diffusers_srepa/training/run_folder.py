@@ -28,6 +28,7 @@ MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 LOCK_FILE = ".run.lock"
 CHECKPOINT_PREFIX = "checkpoint-"
+ABANDONED_PREFIX = f"abandoned-{CHECKPOINT_PREFIX}"
 
 # What a run leaves in its folder; anything else there is the user's and stays untouched.
 OWN_FOLDERS = ("transformer", "vae", "scheduler", "projectors", "validation", "logs")
@@ -62,19 +63,19 @@ def writing_to(output_dir: Path, what: str | None = None) -> Iterator[None]:
         ) from error
 
 
-def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` of a run, oldest first."""
+def checkpoint_folders(output_dir: Path, prefix: str = CHECKPOINT_PREFIX) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, or those with another prefix, oldest first."""
     folders = [
         folder
-        for folder in output_dir.glob(f"{CHECKPOINT_PREFIX}*")
-        if folder.is_dir() and folder.name.removeprefix(CHECKPOINT_PREFIX).isdecimal()
+        for folder in output_dir.glob(f"{prefix}*")
+        if folder.is_dir() and folder.name.removeprefix(prefix).isdecimal()
     ]
     return sorted(folders, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     """The step of a folder `checkpoint-<step>`."""
-    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def check_output_folder(config: RunConfig) -> None:
@@ -145,7 +146,7 @@ def clear_output_folder(folder: Path, more_folders: Iterable[str] = ()) -> None:
     """Delete what an earlier run left in `folder`; other files stay, and all of them if there was no run."""
     if not folder.is_dir() or not holds_run(folder):
         return
-    for checkpoint in [*checkpoint_folders(folder), *folder.glob(f"abandoned-{CHECKPOINT_PREFIX}*")]:
+    for checkpoint in [*checkpoint_folders(folder), *folder.glob(f"{ABANDONED_PREFIX}*")]:
         shutil.rmtree(checkpoint)
     for name in (*OWN_FOLDERS, *more_folders):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -239,8 +240,12 @@ def find_damage(folder: Path) -> str | None:
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`; called after a new one is complete, so one always remains."""
-    for folder in checkpoint_folders(output_dir)[: -limit if limit else 0]:
+    """Delete checkpoints beyond `limit`, first the abandoned ones, the oldest first.
+
+    Called after a new one is complete, so one always remains.
+    """
+    folders = [*checkpoint_folders(output_dir, ABANDONED_PREFIX), *checkpoint_folders(output_dir)]
+    for folder in folders[: -limit if limit else 0]:
         remove_folder(folder)
 
 
