@@ -128,6 +128,7 @@ def convert_checkpoint(
 
 def _check_target(target: Path, overwrite: bool, sources: Sequence[str | Path]) -> None:
     """Refuse a folder that must not be written to: one that is taken, or that holds a source, a path or Hub id."""
+    check_output_place(target)
     place = target.resolve()
     for source in sources:
         path = Path(source).resolve()

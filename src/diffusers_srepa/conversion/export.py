@@ -43,6 +43,8 @@ def export_checkpoint(
     """
     precision = find_dtype(dtype)
     file = Path(output) if Path(output).suffix == ".pt" else Path(output) / FILE_NAME
+    with in_options({"output_dir": "`output`"}):
+        check_output_place(file.parent)
     if file.is_dir() or (file.parent.exists() and not file.parent.is_dir()):
         raise ConfigurationError(f"{file} cannot be a file there: choose another `output`.")
     if file.exists() and not overwrite:
