@@ -155,7 +155,9 @@ def check_output_place(folder: Path) -> None:
         ) from None
     if place in (home, place.parent):
         kind = "your home folder" if place == home else "the root of a file system"
-        raise ConfigurationError(f"{folder} is {kind}: set `output_dir` to a folder of its own, below it or elsewhere.")
+        raise ConfigurationError(
+            f"{folder} is {kind}: set `output_dir` to a folder of its own, below it or elsewhere."
+        )
 
 
 class FolderLock:
@@ -163,7 +165,7 @@ class FolderLock:
 
     Args:
         folder (`Path`): made if it is missing.
-        holder (`str`): what works in the folder, for the sentence, such as `"a run"`.
+        holder (`str`): what works in the folder, for the sentence, such as `"run"`.
         name (`str`): of the file that is locked; what may work side by side has locks of different names.
     """
 
@@ -196,12 +198,13 @@ class FolderLock:
             file.close()
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 logger.warning(
-                    f"the folder {self.folder} cannot be locked ({error.strerror}): start {self.holder} in it only once."
+                    f"the folder {self.folder} cannot be locked ({error.strerror}): start one {self.holder} in it "
+                    "only."
                 )
                 return
             raise ConfigurationError(
-                f"the output folder {self.folder} is in use by {self.holder} that goes on ({holder}): stop that first, "
-                "or set another `output_dir`."
+                f"the output folder {self.folder} is in use by a {self.holder} that goes on ({holder}): stop that "
+                f"{self.holder} first, or set another `output_dir`."
             ) from None
         if not self._is_current(file):
             # The holder of the lock took the file away between opening and locking.

@@ -3,6 +3,7 @@
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,11 +31,29 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path, name: str) -> None
     check_output_folder(_config(tmp_path, overwrite_output_dir=True))
 
 
-def test_new_empty_and_foreign_folders_are_accepted(tmp_path: Path) -> None:
+def test_new_and_empty_folders_are_accepted(tmp_path: Path) -> None:
     check_output_folder(_config(tmp_path / "new"))
     check_output_folder(_config(tmp_path))
-    (tmp_path / "notes.txt").write_text("mine")
+    # What a killed run, a scheduler and a shell leave there before a run has written anything.
+    for name in (".run.lock", ".incomplete-config.yaml.7", "slurm-12.out", "train.log"):
+        (tmp_path / name).write_text("")
     check_output_folder(_config(tmp_path))
+
+
+def test_a_folder_with_anything_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for options in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(ConfigurationError, match=r"holds no run but a notes.txt: set --output_dir"):
+            check_output_folder(_config(tmp_path, **options))
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_the_root_folder_and_the_home_folder_are_refused(tmp_path: Path, monkeypatch: Any, home: bool) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder, what = (tmp_path, "your home folder") if home else (Path("/tmp/.."), "the root of a file system")
+    with pytest.raises(ConfigurationError, match=f"is {what}: set --output_dir to"):
+        check_output_folder(_config(folder))
+    check_output_folder(_config(tmp_path / "runs"))
 
 
 def test_a_user_s_own_files_are_neither_written_over_nor_deleted(tmp_path: Path) -> None:

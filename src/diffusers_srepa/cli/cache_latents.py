@@ -81,8 +81,12 @@ def run(argv: Sequence[str], prog: str) -> None:
 
         with in_options(names | {"latent_cache": "--output_dir"}):
             cache = LatentCache.open(options.output_dir, verify=True)
-        found = "sizes are right, it has no checksums" if cache.checksums is None else "contents are as they were written"
-        sys.stdout.write(f"{options.output_dir}: {cache.layout.num_shards} shards, {cache.layout.rows} rows; {found}\n")
+        found = (
+            "sizes are right, it has no checksums" if cache.checksums is None else "contents are as they were written"
+        )
+        sys.stdout.write(
+            f"{options.output_dir}: {cache.layout.num_shards} shards, {cache.layout.rows} rows; {found}\n"
+        )
         return
     place, source = Path(options.output_dir), Path(str(options.data.dataset)).expanduser()
     if source.is_dir() and source.resolve() in (place.resolve(), *place.resolve().parents):

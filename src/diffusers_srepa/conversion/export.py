@@ -12,8 +12,8 @@ from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.conversion.convert import Conversion, find_dtype, written_or_refused
 from diffusers_srepa.conversion.projectors import PROJECTOR_CLASSES, to_official_names
 from diffusers_srepa.conversion.weights import to_official
-from diffusers_srepa.errors import ConfigurationError, one_line
-from diffusers_srepa.files import written_file
+from diffusers_srepa.errors import ConfigurationError, in_options, one_line
+from diffusers_srepa.files import check_output_place, written_file
 from diffusers_srepa.models.loading import find_folder, has_raw_weights, projector_names, read_json, read_weights
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 

@@ -15,7 +15,15 @@ from safetensors import SafetensorError
 
 from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.errors import ConfigurationError, in_options, one_line
-from diffusers_srepa.files import LOCK_FILE, TEMPORARY_PREFIX, check_output_place, remedy, remove_folder, sha256, write_text
+from diffusers_srepa.files import (
+    LOCK_FILE,
+    TEMPORARY_PREFIX,
+    check_output_place,
+    remedy,
+    remove_folder,
+    sha256,
+    write_text,
+)
 
 
 logger = get_logger(__name__)

@@ -94,7 +94,7 @@ class Trainer:
         self.accelerator = build_accelerator(config, resolve_trackers(config.tracking.report_to))
         with in_options(DATA_OPTIONS):
             self.micro_batch_size = micro_batch_size(config.training, self.accelerator.num_processes)
-        self.lock = FolderLock(self.output_dir, "a run")
+        self.lock = FolderLock(self.output_dir, "run")
         self.stop_request = StopRequest(self.accelerator)
         self.guard = NonFiniteGuard(config.training.max_skipped_steps)
         self.step = 0

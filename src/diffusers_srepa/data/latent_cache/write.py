@@ -89,7 +89,8 @@ def cache_latents(
         process's business alone; rows whose image cannot be read are recorded in it.
 
     Raises:
-        ConfigurationError: the folder holds another cache or something else, or is being written to, the disk is too small, or a number is out of range.
+        ConfigurationError: the folder holds another cache or something else, or is being written to, the disk is too
+            small, or a number is out of range.
         DataError: no image can be read, an image cannot be read where the dataset's `on_bad_image` is `"raise"`,
             latents do not fit into `dtype`, or writing fails; what is finished stays.
     """
@@ -108,7 +109,7 @@ def cache_latents(
     )
     # One per process of a launch: two launches have a first process each.
     name = f"{LOCK_FILE}.{process_index}" if process_index else LOCK_FILE
-    lock = FolderLock(folder, "a cache-latents", name)
+    lock = FolderLock(folder, "cache-latents", name)
     try:
         check_cache_folder(folder)
         lock.acquire()
@@ -253,9 +254,7 @@ def _finish(folder: Path, layout: CacheLayout) -> LatentCache | None:
     if unreadable:
         logger.warning(f"{len(unreadable)} of {layout.rows} images could not be read and were recorded in the cache.")
     # Shards of earlier versions of this package were marked as done without a checksum.
-    checksums = [
-        record.get("sha256") or sha256(shard_file(folder, shard)) for shard, record in enumerate(records)
-    ]
+    checksums = [record.get("sha256") or sha256(shard_file(folder, shard)) for shard, record in enumerate(records)]
     _write_json(folder / LAYOUT_FILE, layout.to_json() | {"unreadable": unreadable, "sha256": checksums})
     (folder / INCOMPLETE_LAYOUT_FILE).unlink(missing_ok=True)
     # Of shards only, because another process may be writing the layout file at this moment.
