@@ -362,9 +362,9 @@ def two_shards(tmp_path):
 def test_damaged_shards_are_named_and_written_again_by_the_same_command(two_shards, damage):
     before = {file.name: file.read_bytes() for file in two_shards.iterdir() if file.name != "latents.verified.json"}
     damage(two_shards)
-    for verify in (False, True):
+    for thorough in (False, True):
         with pytest.raises(ConfigurationError, match="shard_00001.bin has .* run the same .*cache-latents") as error:
-            LatentCache.open(two_shards, verify=verify)
+            LatentCache.open(two_shards, verify=thorough)
         assert "\n" not in str(error.value)
     assert ("shard_00000.bin" in str(error.value)) == (damage is swap)
     dataset = load(numbered_images(6))

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from diffusers_srepa.configuration.sections import DataConfig, TrackingConfig
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.files import write_text
+from diffusers_srepa.training.methods.checks import check_names
 from diffusers_srepa.training.run_folder import (
     check_output_folder,
     checkpoint_folders,
@@ -123,3 +125,25 @@ def test_a_full_disk_costs_neither_the_log_nor_the_configuration(tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "metrics.jsonl").read_text() == lines and (tmp_path / "config.yaml").read_text() == config
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "config.yaml"}
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", "/tmp/x", ".hidden", "..", "", "a\nb"])
+@pytest.mark.parametrize("option", ["project_name", "run_name"])
+def test_names_for_trackers_lead_nowhere_else(tmp_path: Path, option: str, name: str) -> None:
+    config = _config(tmp_path / "run", data=DataConfig(dataset="images"), tracking=TrackingConfig(**{option: name}))
+    with pytest.raises(ConfigurationError, match=rf"^tracking.{option} is .* but must be a name without"):
+        config.validate()
+
+
+def test_names_that_trackers_allow_are_allowed(tmp_path: Path) -> None:
+    tracking = TrackingConfig(project_name="My project: v1.2 (ü)", run_name="lr=1e-4, seed 0")
+    _config(tmp_path / "run", data=DataConfig(dataset="images"), tracking=tracking).validate()
+
+
+@pytest.mark.parametrize("section", ["alignment.taps", "alignment.projectors", "teachers"])
+def test_names_in_the_configuration_are_no_paths(tmp_path: Path, section: str) -> None:
+    config = _config(tmp_path / "run")
+    names = {"alignment.taps": config.alignment.taps, "alignment.projectors": config.alignment.projectors}
+    names.get(section, config.teachers)["../x"] = 3
+    with pytest.raises(ConfigurationError, match=f"^a name in {section} is '../x', but must be a plain name"):
+        check_names(config)
