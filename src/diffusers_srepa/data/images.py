@@ -125,19 +125,22 @@ def parse_color(color: str) -> Color:
         ConfigurationError: it is neither; the sentence names `transparent_color`.
     """
     try:
-        red, green, blue = ImageColor.getrgb(color)
+        found = ImageColor.getrgb(color)
     except ValueError:
+        found = ()
+    if len(found) != 3:
         raise ConfigurationError(
             f"`transparent_color` is {color!r}, but must be a colour without transparency, such as white or #808080."
-        ) from None
-    return red, green, blue
+        )
+    return found
 
 
 def to_rgb(image: Image.Image, background: Color = WHITE) -> Image.Image:
     """An 8-bit RGB image of a picture in any mode.
 
-    Transparent pixels are blended with `background`, because their own colour is arbitrary. Greyscale of 16 bits is scaled to 8, because Pillow's own
-    conversion would clip it. Floating point, whose range nobody knows, is a DataError.
+    Transparent pixels are blended with `background`, because their own colour is arbitrary. Greyscale of 16 bits is
+    scaled to 8, because Pillow's own conversion would clip it. Floating point, whose range nobody knows, is a
+    DataError.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
