@@ -77,7 +77,7 @@ def test_other_folders_are_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
-@pytest.mark.parametrize("command", ["sample", "convert", "convert --to repa"])
+@pytest.mark.parametrize("command", ["sample", "convert --vae pixels", "convert --to repa"])
 def test_the_root_folder_is_refused(
     command: str, call: Any, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

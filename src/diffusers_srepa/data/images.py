@@ -125,14 +125,14 @@ def parse_color(color: str) -> Color:
         ConfigurationError: it is neither; the sentence names `transparent_color`.
     """
     try:
-        found = ImageColor.getrgb(color)
+        found: tuple[int, ...] = ImageColor.getrgb(color)
     except ValueError:
         found = ()
     if len(found) != 3:
         raise ConfigurationError(
             f"`transparent_color` is {color!r}, but must be a colour without transparency, such as white or #808080."
         )
-    return found
+    return found[0], found[1], found[2]
 
 
 def to_rgb(image: Image.Image, background: Color = WHITE) -> Image.Image:
