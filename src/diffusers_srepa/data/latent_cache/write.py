@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Generator
 from contextlib import closing
@@ -192,7 +193,9 @@ def check_cache_folder(folder: Path) -> None:
     check_output_place(folder)
     if (folder / LAYOUT_FILE).exists() or (folder / INCOMPLETE_LAYOUT_FILE).exists() or not folder.is_dir():
         return
-    others = [path.name for path in folder.iterdir() if not path.name.startswith((LOCK_FILE, TEMPORARY_PREFIX))]
+    # Another process of this launch may have just begun or finished the cache.
+    own = rf"shard_\d+\.(bin|json)|latents\..*|({re.escape(LOCK_FILE)}|{re.escape(TEMPORARY_PREFIX)}).*"
+    others = [path.name for path in folder.iterdir() if not re.fullmatch(own, path.name)]
     if others:
         raise ConfigurationError(
             f"the folder {folder} is not empty ({min(others)}) and holds no latent cache: change `output_dir`."
