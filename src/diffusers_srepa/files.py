@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.errors import ConfigurationError, one_line
 
 
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".run.lock"
 TEMPORARY_PREFIX = ".incomplete-"
 """What half-written files and folders are called, before their own name; a killed process leaves them behind."""
 
@@ -112,20 +118,117 @@ def remedy(error: BaseException) -> str:
     return "see what has become of the folder" if is_gone else "make room"
 
 
-def check_name(what: str, name: object) -> None:
-    """Refuse what is no plain name: names become folders, and must be names, never paths.
+def check_name(what: str, name: object, *, free: bool = False) -> None:
+    """Refuse what is no plain name: names become files and folders, and must be names, never paths.
 
     Args:
         what (`str`): what is named, as the subject of the sentence.
         name (`object`): letters, digits, `_` and `-`, at least one.
+        free (`bool`): whether any other printable characters will do, but for `/`, `\\` and a dot in front.
 
     Raises:
         ConfigurationError: it is anything else.
     """
+    if free:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or re.search(r"^\s*\.|[/\\]", name):
+            raise ConfigurationError(
+                f"{what} is {name!r}, but must be a name without '/', '\\' and a dot in front: change the name."
+            )
+        return
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigurationError(
             f"{what} is {name!r}, but must be a plain name of letters, digits, '_' and '-': change the name."
         )
+
+
+def check_output_place(folder: Path) -> None:
+    """Refuse to write into the root of a file system or into the home folder themselves.
+
+    Raises:
+        ConfigurationError: `folder` is one of them, or its path cannot be resolved.
+    """
+    try:
+        place, home = folder.resolve(), Path.home().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigurationError(
+            f"the folder {str(folder)[:80]!r} cannot be used ({one_line(error)}): set another `output_dir`."
+        ) from None
+    if place in (home, place.parent):
+        kind = "your home folder" if place == home else "the root of a file system"
+        raise ConfigurationError(
+            f"{folder} is {kind}: set `output_dir` to a folder of its own, below it or elsewhere."
+        )
+
+
+class FolderLock:
+    """An exclusive lock on an output folder, which the system lets go when its process ends, however it ends.
+
+    Args:
+        folder (`Path`): made if it is missing.
+        holder (`str`): what works in the folder, for the sentence, such as `"run"`.
+        name (`str`): of the file that is locked; what may work side by side has locks of different names.
+    """
+
+    def __init__(self, folder: Path, holder: str, name: str = LOCK_FILE) -> None:
+        self.folder = folder
+        self.file = folder / name
+        self.holder = holder
+        self._locked: TextIO | None = None
+        self._has_made_folder = False
+
+    def acquire(self) -> None:
+        """Take the lock, or warn where the file system has no locks.
+
+        Raises:
+            ConfigurationError: another process has it.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            return
+        self._has_made_folder = self._has_made_folder or not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.file.open("a+")
+        try:
+            # `lockf`, not `flock`: loader processes that outlive a killed run must not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                logger.warning(
+                    f"the folder {self.folder} cannot be locked ({error.strerror}): start one {self.holder} in it "
+                    "only."
+                )
+                return
+            raise ConfigurationError(
+                f"the output folder {self.folder} is in use by a {self.holder} that goes on ({holder}): stop that "
+                f"{self.holder} first, or set another `output_dir`."
+            ) from None
+        if not self._is_current(file):
+            # The holder of the lock took the file away between opening and locking.
+            file.close()
+            self.acquire()
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._locked = file
+
+    def _is_current(self, file: TextIO) -> bool:
+        # Compared without opening it again: closing any handle of a file lets its `lockf` lock go.
+        path = self.file
+        return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+    def release(self) -> None:
+        """Let the lock go and take its file away, and the folder if it was made for it and is still empty."""
+        if self._locked is not None:
+            self.file.unlink(missing_ok=True)
+            self._locked.close()
+            self._locked = None
+            if self._has_made_folder and not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
 
 def _temporary(final: Path) -> Path:

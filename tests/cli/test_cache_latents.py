@@ -169,3 +169,40 @@ def test_processes_share_the_work(assets: Path, cache: Any, tmp_path: Path) -> N
     assert _layout(tmp_path / "shared") == _layout(tmp_path / "alone")
     (one,), (other,) = (sorted((tmp_path / name).glob("shard_*.bin")) for name in ("shared", "alone"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_dataset_s_folder_and_those_of_others_are_refused(
+    assets: Path, cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(assets.rglob("*"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    refused = {
+        assets / "images": "lies in the dataset",
+        assets / "images" / "latents": "lies in the dataset",
+        tmp_path: "is your home folder: set --output_dir",
+        Path("/"): "is the root of a file system: set --output_dir",
+        tmp_path / "used": "is not empty (notes.txt) and holds no latent cache: change --output_dir",
+    }
+    for folder, message in refused.items():
+        assert cache(folder) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(assets.rglob("*")) == before
+    assert [file.name for file in (tmp_path / "used").iterdir()] == ["notes.txt"]
+
+
+def test_verify_checks_a_cache_and_writes_nothing(
+    cache: Any, call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cache(tmp_path / "cache") == 0
+    words = ["cache-latents", "--verify", "--output_dir", tmp_path / "cache"]
+    assert call(*words) == 0
+    assert "1 shards" in capsys.readouterr().out
+    shard = tmp_path / "cache" / "shard_00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    assert call(*words) == 2
+    assert "shard_00000.bin has other content than was written" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == before
+    assert cache(tmp_path / "cache") == 0 == call(*words)

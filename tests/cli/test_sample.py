@@ -77,6 +77,15 @@ def test_other_folders_are_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
+@pytest.mark.parametrize("command", ["sample", "convert --vae pixels", "convert --to repa"])
+def test_the_root_folder_is_refused(
+    command: str, call: Any, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "--model" if command == "sample" else "--checkpoint"
+    assert call(*command.split(), source, finished, "--output_dir", "/") == 2
+    assert "/ is the root of a file system: set --output" in capsys.readouterr().err
+
+
 def test_a_file_is_no_folder(call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("")
     assert call("sample", "--model", "x", "--output_dir", tmp_path / "out") == 2

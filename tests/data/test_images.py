@@ -5,9 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_srepa.data.datasets import load_image_dataset
+from diffusers_srepa.data.fingerprint import same_images
 from diffusers_srepa.data.images import CropGeometry, center_crop_adm, crop_geometry, to_rgb, training_crop
-from diffusers_srepa.errors import DataError
-from tests.helpers.tiny_images import picture
+from diffusers_srepa.errors import ConfigurationError, DataError
+from tests.helpers.tiny_images import image_table, picture
 
 
 @pytest.mark.parametrize(
@@ -65,9 +67,52 @@ def test_greyscale_is_repeated_over_the_channels():
         assert np.array_equal(channel.numpy(), np.array(image))
 
 
-def test_transparency_is_dropped():
-    image = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
-    assert to_rgb(image).getpixel((0, 0)) == (200, 100, 50)
+def transparent(mode):
+    """A picture whose pixel (0, 0) is transparent and hides a dark colour, and whose (1, 0) is opaque (40, 40, 40)."""
+    image = Image.new({"P": "P", "RGB": "RGB", "L": "L"}.get(mode, mode), (4, 4))
+    shown, hidden = {"RGBA": ((40, 40, 40, 255), (9, 9, 9, 0)), "LA": ((40, 255), (9, 0))}.get(mode, (40, 9))
+    if mode == "RGB":
+        shown, hidden = (40, 40, 40), (9, 9, 9)
+    if mode == "P":
+        image.putpalette([value for level in range(64) for value in [level] * 3])
+    image.putpixel((0, 0), hidden)
+    image.putpixel((1, 0), shown)
+    if mode in ("P", "L", "RGB"):
+        image.info["transparency"] = hidden
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_transparent_pixels_do_not_show_their_hidden_colour(mode):
+    flat = to_rgb(transparent(mode))
+    assert [flat.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (40, 40, 40)]
+    assert to_rgb(transparent(mode), (1, 2, 3)).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_half_transparent_pixels_are_blended():
+    image = Image.new("RGBA", (4, 4), (200, 100, 50, 51))
+    assert to_rgb(image, (100, 100, 100)).getpixel((0, 0)) == (120, 100, 90)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_colour_behind_is_an_option_and_part_of_the_fingerprint(streaming):
+    buffer = io.BytesIO()
+    Image.new("RGBA", (16, 16), (10, 20, 30, 0)).save(buffer, "PNG")
+    table = image_table([buffer.getvalue()] * 2, [0, 0])
+    source = table.to_iterable_dataset() if streaming else table
+
+    def load(**options):
+        return load_image_dataset(source, resolution=16, **options)
+
+    plain = load()
+    for color, expected in {"white": [255] * 3, "#ffffff": [255] * 3, "#0a0b0c": [10, 11, 12]}.items():
+        dataset = load(transparent_color=color)
+        assert next(iter(dataset))["pixel_values"][:, 0, 0].tolist() == expected
+        assert (dataset.fingerprint == plain.fingerprint) == (expected == [255] * 3)
+        assert same_images(dataset.fingerprint, plain.fingerprint) == (expected == [255] * 3)
+    for color in ("invisible", "#00000000", ""):
+        with pytest.raises(ConfigurationError, match="`transparent_color` is .* such as white or #808080"):
+            load(transparent_color=color)
 
 
 def test_palette_colours_are_looked_up():

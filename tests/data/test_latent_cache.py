@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader
 
 from diffusers_srepa.data.batches import collate, read_batches
 from diffusers_srepa.data.datasets import load_image_dataset
-from diffusers_srepa.data.latent_cache import write
+from diffusers_srepa.data.latent_cache import verify, write
 from diffusers_srepa.data.latent_cache.read import LatentCache
 from diffusers_srepa.data.latent_cache.write import cache_latents
 from diffusers_srepa.data.order import GlobalBatchSampler, SampleKey, is_flipped
 from diffusers_srepa.errors import ConfigurationError, DataError
+from diffusers_srepa.files import sha256
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 from diffusers_srepa.latents.pixels import PixelLatents
 from tests.helpers.tiny_autoencoder import tiny_autoencoder
@@ -327,6 +328,135 @@ def test_damage_is_found_when_the_cache_is_opened(finished):
         LatentCache.open(finished)
 
 
+def swap(folder):
+    # Of two shards of one size.
+    one, other = folder / "shard_00000.bin", folder / "shard_00001.bin"
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def zero(folder):
+    file = folder / "shard_00001.bin"
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def truncate(folder):
+    os.truncate(folder / "shard_00001.bin", 100)
+
+
+def lose(folder):
+    (folder / "shard_00001.bin").unlink()
+
+
+DAMAGES = {"swapped": swap, "zeroed": zero, "truncated": truncate, "lost": lose}
+
+
+@pytest.fixture
+def two_shards(tmp_path):
+    cache_latents(load(numbered_images(6)), PixelLatents(), tmp_path / "cache", **OPTIONS)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_shards_are_named_and_written_again_by_the_same_command(two_shards, damage):
+    before = {file.name: file.read_bytes() for file in two_shards.iterdir() if file.name != "latents.verified.json"}
+    damage(two_shards)
+    for thorough in (False, True):
+        with pytest.raises(ConfigurationError, match="shard_00001.bin has .* run the same .*cache-latents") as error:
+            LatentCache.open(two_shards, verify=thorough)
+        assert "\n" not in str(error.value)
+    assert ("shard_00000.bin" in str(error.value)) == (damage is swap)
+    dataset = load(numbered_images(6))
+    assert cache_latents(dataset, PixelLatents(), two_shards, process_index=1, num_processes=2, **OPTIONS) is None
+    cache = cache_latents(dataset, PixelLatents(), two_shards, process_index=0, num_processes=2, **OPTIONS)
+    assert cache is not None
+    after = {file.name: file.read_bytes() for file in two_shards.iterdir() if file.name != "latents.verified.json"}
+    assert after == before
+
+
+def test_a_repair_that_was_killed_goes_on(two_shards):
+    dataset = load(numbered_images(6))
+    shards = {file: file.read_bytes() for file in two_shards.glob("*.bin")}
+    swap(two_shards)
+    status = in_a_child(lambda: cache_latents(dataset, KilledLatents(3), two_shards, **OPTIONS))
+    assert os.WIFSIGNALED(status) and not (two_shards / "latents.json").exists()
+    assert cache_latents(dataset, PixelLatents(), two_shards, process_index=1, num_processes=2, **OPTIONS) is None
+    assert cache_latents(dataset, PixelLatents(), two_shards, num_processes=2, **OPTIONS) is not None
+    assert {file: file.read_bytes() for file in two_shards.glob("*.bin")} == shards
+
+
+def test_a_cache_is_hashed_once(two_shards, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(verify, "sha256", lambda file: hashed.append(file.name) or sha256(file))
+    LatentCache.open(two_shards)
+    assert not hashed, "the command that wrote it has opened it"
+    os.utime(two_shards / "shard_00001.bin")
+    for _ in range(2):
+        LatentCache.open(two_shards)
+    assert hashed == ["shard_00001.bin"]
+    (two_shards / "latents.verified.json").write_text("no JSON")
+    stamps = {file: file.stat().st_mtime_ns for file in two_shards.iterdir()}
+    LatentCache.open(two_shards, verify=True)
+    assert len(hashed) == 3
+    assert {file: file.stat().st_mtime_ns for file in two_shards.iterdir()} == stamps
+
+
+def test_a_cache_without_checksums_opens(two_shards):
+    content = json.loads((two_shards / "latents.json").read_text())
+    del content["sha256"]
+    (two_shards / "latents.json").write_text(json.dumps(content))
+    (two_shards / "latents.verified.json").unlink()
+    zero(two_shards)
+    assert LatentCache.open(two_shards, verify=True).checksums is None
+    truncate(two_shards)
+    with pytest.raises(ConfigurationError, match="shard_00001.bin has 100 bytes"):
+        LatentCache.open(two_shards)
+
+
+def test_a_shard_that_is_truncated_while_it_is_read_is_one_sentence(two_shards):
+    dataset = load(numbered_images(6), latent_cache=two_shards, need_pixels=False)
+    dataset[3], dataset[5]
+
+    def read_after_truncation():
+        truncate(two_shards)
+        with pytest.raises(ConfigurationError, match="cannot be read any more .it ends before row 5.: bring it back"):
+            dataset[5]
+        os._exit(7)
+
+    assert os.waitstatus_to_exitcode(in_a_child(read_after_truncation)) == 7, "SIGBUS would end the process"
+
+
+@pytest.mark.parametrize("process_index", [0, 1])
+def test_two_at_once_are_refused(tmp_path, process_index):
+    dataset = load(numbered_images(6))
+    options = OPTIONS | {"process_index": process_index, "num_processes": 2}
+
+    def second():
+        with pytest.raises(ConfigurationError, match="in use by a cache-latents that goes on .process .*`output_dir`"):
+            cache_latents(dataset, PixelLatents(), tmp_path, **options)
+        os._exit(7)
+
+    class Meanwhile(PixelLatents):
+        """Pixels while which a second process tries the same folder."""
+
+        def _encode(self, images):
+            assert os.waitstatus_to_exitcode(in_a_child(second)) == 7
+            return super()._encode(images)
+
+    cache_latents(dataset, Meanwhile(), tmp_path, **options)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "0000.png").write_bytes(png(1))
+    with pytest.raises(
+        ConfigurationError, match=r"is not empty \(0000.png\) and holds no latent cache: .*`output_dir`"
+    ):
+        cache_latents(load(numbered_images(6)), PixelLatents(), tmp_path, **OPTIONS)
+    assert [file.name for file in tmp_path.iterdir()] == ["0000.png"]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}'])
 def test_a_damaged_layout_is_one_sentence(finished, content):
     (finished / "latents.json").write_text(content)
@@ -379,7 +509,7 @@ def test_a_resolution_that_the_latent_space_cannot_encode(latent_space, tmp_path
         cache_latents(load(numbered_images(2), resolution=18), latent_space, tmp_path, **OPTIONS)
 
 
-def test_memory_maps_are_read_only(finished):
+def test_what_is_read_is_the_caller_s_own(finished):
     cache = LatentCache.open(finished)
     cache.moments(0)[:] = 0
     assert np.abs(cache.moments(0).numpy()).sum() > 0

@@ -125,9 +125,12 @@ PICTURES = {
     ),
     "alpha": (
         _encoded(Image.new("RGBA", (20, 16), (10, 20, 30, 0)), "PNG"),
-        Image.new("RGB", (20, 16), (10, 20, 30)),
+        Image.new("RGB", (20, 16), (255, 255, 255)),
     ),
-    "grey with alpha": (_encoded(Image.new("LA", (20, 16), (7, 3)), "PNG"), Image.new("RGB", (20, 16), (7, 7, 7))),
+    "grey with alpha": (
+        _encoded(Image.new("LA", (20, 16), (7, 51)), "PNG"),
+        Image.new("RGB", (20, 16), (205, 205, 205)),
+    ),
     "bilevel": (_encoded(Image.new("1", (20, 16), 1), "PNG"), Image.new("RGB", (20, 16), (255, 255, 255))),
     "animated": (_animated(), picture(5).quantize(16).convert("RGB")),
 }

@@ -3,12 +3,15 @@
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from diffusers_srepa.configuration.sections import DataConfig, TrackingConfig
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import ConfigurationError
 from diffusers_srepa.files import write_text
+from diffusers_srepa.training.methods.checks import check_names
 from diffusers_srepa.training.run_folder import (
     check_output_folder,
     checkpoint_folders,
@@ -31,11 +34,29 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path, name: str) -> None
     check_output_folder(_config(tmp_path, overwrite_output_dir=True))
 
 
-def test_new_empty_and_foreign_folders_are_accepted(tmp_path: Path) -> None:
+def test_new_and_empty_folders_are_accepted(tmp_path: Path) -> None:
     check_output_folder(_config(tmp_path / "new"))
     check_output_folder(_config(tmp_path))
-    (tmp_path / "notes.txt").write_text("mine")
+    # What a killed run, a scheduler and a shell leave there before a run has written anything.
+    for name in (".run.lock", ".incomplete-config.yaml.7", "slurm-12.out", "train.log"):
+        (tmp_path / name).write_text("")
     check_output_folder(_config(tmp_path))
+
+
+def test_a_folder_with_anything_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for options in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(ConfigurationError, match=r"holds no run but a notes.txt: set --output_dir"):
+            check_output_folder(_config(tmp_path, **options))
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_the_root_folder_and_the_home_folder_are_refused(tmp_path: Path, monkeypatch: Any, home: bool) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder, what = (tmp_path, "your home folder") if home else (Path("/tmp/.."), "the root of a file system")
+    with pytest.raises(ConfigurationError, match=f"is {what}: set --output_dir to"):
+        check_output_folder(_config(folder))
+    check_output_folder(_config(tmp_path / "runs"))
 
 
 def test_a_user_s_own_files_are_neither_written_over_nor_deleted(tmp_path: Path) -> None:
@@ -117,3 +138,25 @@ def test_a_full_disk_costs_neither_the_log_nor_the_configuration(tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "metrics.jsonl").read_text() == lines and (tmp_path / "config.yaml").read_text() == config
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "config.yaml"}
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", "/tmp/x", ".hidden", "..", "", "a\nb"])
+@pytest.mark.parametrize("option", ["project_name", "run_name"])
+def test_names_for_trackers_lead_nowhere_else(tmp_path: Path, option: str, name: str) -> None:
+    config = _config(tmp_path / "run", data=DataConfig(dataset="images"), tracking=TrackingConfig(**{option: name}))
+    with pytest.raises(ConfigurationError, match=rf"^tracking.{option} is .* but must be a name without"):
+        config.validate()
+
+
+def test_names_that_trackers_allow_are_allowed(tmp_path: Path) -> None:
+    tracking = TrackingConfig(project_name="My project: v1.2 (ü)", run_name="lr=1e-4, seed 0")
+    _config(tmp_path / "run", data=DataConfig(dataset="images"), tracking=tracking).validate()
+
+
+@pytest.mark.parametrize("section", ["alignment.taps", "alignment.projectors", "teachers"])
+def test_names_in_the_configuration_are_no_paths(tmp_path: Path, section: str) -> None:
+    config = _config(tmp_path / "run")
+    names = {"alignment.taps": config.alignment.taps, "alignment.projectors": config.alignment.projectors}
+    names.get(section, config.teachers)["../x"] = 3
+    with pytest.raises(ConfigurationError, match=f"^a name in {section} is '../x', but must be a plain name"):
+        check_names(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,14 @@ class CacheLatentsOptions(Options):
     )
     dtype: Literal["float16", "float32"] = option("float16", "Precision of the cache.")
     batch_size: int = option(32, "Images encoded at a time.", minimum=1)
+    verify: bool = option(False, "Only check the cache that is in output_dir, shard by shard; nothing is written.")
     num_workers: int = option(4, "Loader processes.", minimum=0, also=("dataloader_num_workers",))
     data: ImagesConfig = option(default_factory=ImagesConfig, help="The images.")
     latents: LatentsConfig = option(default_factory=LatentsConfig, help="The autoencoder.")
 
     def validate(self) -> None:
-        """As for every command, and that there is a dataset."""
-        if not self.data.dataset:
+        """As for every command, and that there is a dataset to encode."""
+        if not self.data.dataset and not self.verify:
             raise ConfigurationError("no dataset is given: set --data.dataset to a Hub id or a local folder.")
         super().validate()
 
@@ -71,22 +73,39 @@ def read_files(files: Sequence[str | Path], variant: str | None, config_class: t
 
 
 def run(argv: Sequence[str], prog: str) -> None:
-    """Write the cache."""
+    """Write the cache, or check it."""
     options = parse_config(argv, CacheLatentsOptions, prog, DESCRIPTION, read_files=read_files)
+    names = {name: f"--{name}" for name in hints_of(CacheLatentsOptions)}
+    if options.verify:
+        from diffusers_srepa.data.latent_cache.read import LatentCache
+
+        with in_options(names | {"latent_cache": "--output_dir"}):
+            cache = LatentCache.open(options.output_dir, verify=True)
+        found = (
+            "sizes are right, it has no checksums" if cache.checksums is None else "contents are as they were written"
+        )
+        sys.stdout.write(
+            f"{options.output_dir}: {cache.layout.num_shards} shards, {cache.layout.rows} rows; {found}\n"
+        )
+        return
+    place, source = Path(options.output_dir), Path(str(options.data.dataset)).expanduser()
+    if source.is_dir() and source.resolve() in (place.resolve(), *place.resolve().parents):
+        raise ConfigurationError(f"--output_dir {place} lies in the dataset {source}: set it to a folder elsewhere.")
 
     import torch
     from accelerate import PartialState
 
     from diffusers_srepa.data.datasets import load_image_dataset
     from diffusers_srepa.data.image_dataset import ImageDataset
-    from diffusers_srepa.data.latent_cache.write import cache_latents
+    from diffusers_srepa.data.latent_cache.write import cache_latents, check_cache_folder
     from diffusers_srepa.latents.loading import load_latent_space
 
+    with in_options(names):
+        check_cache_folder(place)
     state, latents, images = PartialState(), options.latents, dict(vars(options.data))
     with in_options({"name_or_path": "--latents.vae", "subfolder": "--latents.subfolder"}):
         dtype, where = getattr(torch, latents.dtype), {"subfolder": latents.subfolder, "revision": latents.revision}
         latent_space = load_latent_space(latents.vae, dtype=dtype, **where)
-    names = {name: f"--{name}" for name in hints_of(CacheLatentsOptions)}
     names |= {name: f"--data.{name}" for name in hints_of(ImagesConfig)} | {"name_or_path": "--data.dataset"}
     with in_options(names):
         with state.main_process_first():

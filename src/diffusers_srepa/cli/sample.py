@@ -13,6 +13,7 @@ from typing import Any, Literal
 from diffusers_srepa.configuration.command_line import parse_config
 from diffusers_srepa.configuration.options import Options, option, options_of
 from diffusers_srepa.errors import ConfigurationError, in_options, one_line
+from diffusers_srepa.files import check_output_place
 
 
 DESCRIPTION = "Draw images of the given classes; image i comes from seed + i alone."
@@ -65,6 +66,8 @@ def run(argv: Sequence[str], prog: str) -> None:
 
 def find_stale_files(folder: Path, overwrite: bool) -> list[Path]:
     """The files of an earlier call in `folder`, which go when new ones are written; other files are refused."""
+    with in_options({"output_dir": "--output_dir"}):
+        check_output_place(folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"{folder} is a file: set --output_dir to a folder.")
     if not folder.exists() or not any(folder.iterdir()):

@@ -153,6 +153,7 @@ class ImagesConfig:
     on_bad_image: Literal["skip", "raise"] = option(
         "skip", "What to do with an image that cannot be read; skipped ones are counted."
     )
+    transparent_color: str = option("white", "What transparent pixels lie on: #rrggbb or the name of a colour.")
     cache_dir: str | None = option(None, "Folder for downloads.", resume=True)
 
 

@@ -24,6 +24,7 @@ from diffusers_srepa.configuration.sections import (
     ValidationConfig,
 )
 from diffusers_srepa.errors import ConfigurationError
+from diffusers_srepa.files import check_name
 
 
 DEFAULT_METHOD = "aligned-flow-matching"
@@ -88,6 +89,9 @@ class RunConfig(Options):
                 "resume_from_checkpoint and overwrite_output_dir are both given: set one of them."
             )
         super().validate()
+        check_name("tracking.project_name", self.tracking.project_name, free=True)
+        if self.tracking.run_name is not None:
+            check_name("tracking.run_name", self.tracking.run_name, free=True)
         low, high = self.sampling.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ConfigurationError(

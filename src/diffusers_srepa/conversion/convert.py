@@ -19,7 +19,7 @@ from diffusers_srepa.conversion.projectors import build_projector, name_projecto
 from diffusers_srepa.conversion.read import Weights, check_finite, read_checkpoint, select_weights
 from diffusers_srepa.conversion.weights import to_diffusers, to_repa_convention
 from diffusers_srepa.errors import ConfigurationError, in_options, one_line
-from diffusers_srepa.files import remedy, written_folder
+from diffusers_srepa.files import check_output_place, remedy, written_folder
 from diffusers_srepa.latents.autoencoder_kl import AutoencoderKLLatents
 from diffusers_srepa.latents.loading import load_latent_space
 from diffusers_srepa.models.loading import PROJECTORS
@@ -132,6 +132,7 @@ def convert_checkpoint(
 
 def _check_target(target: Path, overwrite: bool, sources: Sequence[str | Path]) -> None:
     """Refuse a folder that must not be written to: one that is taken, or that holds a source, a path or Hub id."""
+    check_output_place(target)
     place = target.resolve()
     for source in sources:
         path = Path(source).resolve()

@@ -12,8 +12,8 @@ from diffusers_srepa.alignment.term import DEFAULT
 from diffusers_srepa.conversion.convert import Conversion, find_dtype, written_or_refused
 from diffusers_srepa.conversion.projectors import PROJECTOR_CLASSES, to_official_names
 from diffusers_srepa.conversion.weights import to_official
-from diffusers_srepa.errors import ConfigurationError, one_line
-from diffusers_srepa.files import written_file
+from diffusers_srepa.errors import ConfigurationError, in_options, one_line
+from diffusers_srepa.files import check_output_place, written_file
 from diffusers_srepa.models.loading import find_folder, has_raw_weights, projector_names, read_json, read_weights
 from diffusers_srepa.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 
@@ -43,6 +43,8 @@ def export_checkpoint(
     """
     precision = find_dtype(dtype)
     file = Path(output) if Path(output).suffix == ".pt" else Path(output) / FILE_NAME
+    with in_options({"output_dir": "`output`"}):
+        check_output_place(file.parent)
     if file.is_dir() or (file.parent.exists() and not file.parent.is_dir()):
         raise ConfigurationError(f"{file} cannot be a file there: choose another `output`.")
     if file.exists() and not overwrite:

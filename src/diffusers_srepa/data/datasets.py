@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from diffusers_srepa.data.columns import find_image_column, find_label_column
 from diffusers_srepa.data.image_dataset import ImageDataset, OnBadImage
+from diffusers_srepa.data.images import parse_color
 from diffusers_srepa.data.latent_cache.read import LatentCache
 from diffusers_srepa.data.streaming import StreamingImages
 from diffusers_srepa.errors import ConfigurationError, one_line
@@ -39,6 +40,7 @@ def load_image_dataset(
     resolution: int,
     horizontal_flip: bool = False,
     on_bad_image: OnBadImage = "skip",
+    transparent_color: str = "white",
     seed: int = 0,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -63,6 +65,7 @@ def load_image_dataset(
         horizontal_flip (`bool`): flip half of the samples.
         on_bad_image (`str`): `"skip"` puts the next readable row in the place of an unreadable one and counts it,
             `"raise"` stops.
+        transparent_color (`str`): what transparent pixels lie on, `"#rrggbb"` or a name that Pillow knows.
         seed (`int`): seed of order and flips.
         cache_dir (`str`, *optional*): folder for downloads and prepared files.
         token (`str` or `bool`, *optional*): Hub token; by default the stored one.
@@ -81,6 +84,7 @@ def load_image_dataset(
         raise ConfigurationError(f"`resolution` is {resolution}, but must be at least 1.")
     if on_bad_image not in ("skip", "raise"):
         raise ConfigurationError(f"`on_bad_image` is {on_bad_image!r}, but must be 'skip' or 'raise'.")
+    background = parse_color(transparent_color)
     source: Dataset | IterableDataset
     if isinstance(name_or_path, Dataset | IterableDataset):
         source, described = name_or_path, type(name_or_path).__name__
@@ -105,6 +109,7 @@ def load_image_dataset(
         "seed": seed,
         "horizontal_flip": horizontal_flip,
         "on_bad_image": on_bad_image,
+        "background": background,
     }
     if isinstance(source, IterableDataset):
         return StreamingImages(source, name=described, **options)

@@ -59,6 +59,12 @@ def stream_fingerprint(stream: IterableDataset, name: str, image_column: str, la
     return f"stream-{digest.hexdigest()}"
 
 
+def on_background(fingerprint: str, background: tuple[int, int, int]) -> str:
+    """The fingerprint of the same images with transparent pixels on `background`; white, the default, changes none."""
+    images, dash, rest = fingerprint.partition("-")
+    return fingerprint if background == (255, 255, 255) else f"{images}.{bytes(background).hex()}{dash}{rest}"
+
+
 def same_images(fingerprint: str, other: str) -> bool:
     """Whether two fingerprints are of the same images in the same order, whatever their labels."""
     return fingerprint.split("-")[0] == other.split("-")[0]

@@ -12,8 +12,8 @@ from datasets import Image
 from torch.utils.data import Dataset
 
 from diffusers_srepa.data.columns import read_labels
-from diffusers_srepa.data.fingerprint import dataset_fingerprint
-from diffusers_srepa.data.images import read_crop
+from diffusers_srepa.data.fingerprint import dataset_fingerprint, on_background
+from diffusers_srepa.data.images import WHITE, Color, read_crop
 from diffusers_srepa.data.latent_cache.read import LatentCache
 from diffusers_srepa.data.order import SampleKey, is_flipped
 from diffusers_srepa.errors import ConfigurationError, DataError
@@ -65,6 +65,7 @@ class ImageDataset(Dataset):
         seed: int,
         horizontal_flip: bool = False,
         on_bad_image: OnBadImage = "skip",
+        background: Color = WHITE,
         latent_cache: LatentCache | None = None,
         need_pixels: bool = True,
     ) -> None:
@@ -79,6 +80,7 @@ class ImageDataset(Dataset):
         self.horizontal_flip = horizontal_flip
         self.on_bad_image = on_bad_image
         self.need_pixels = need_pixels
+        self.background = background
         labels = read_labels(source, label_column)
         self.labels, self.num_classes, self.id2label = labels.values, labels.num_classes, labels.id2label
         # Undecoded, so that a broken file is met where it can be named, and nothing else is decoded in vain.
@@ -97,7 +99,7 @@ class ImageDataset(Dataset):
     def fingerprint(self) -> str:
         """Identity of the dataset by its content, see `data/fingerprint.py`; computed on first use."""
         labels = self.labels if self.label_column is not None else None
-        return dataset_fingerprint(self._images, self.image_column, labels)
+        return on_background(dataset_fingerprint(self._images, self.image_column, labels), self.background)
 
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
         if isinstance(key, SampleKey):
@@ -124,7 +126,7 @@ class ImageDataset(Dataset):
             DataError: the row has no image or one that cannot be decoded; the sentence names the row.
         """
         try:
-            return read_crop(self._images[row][self.image_column], self.resolution)
+            return read_crop(self._images[row][self.image_column], self.resolution, background=self.background)
         except DataError as error:
             raise DataError(f"the image of row {row} of the dataset is unreadable, {error}") from error
 

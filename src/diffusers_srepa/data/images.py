@@ -8,32 +8,38 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from diffusers_srepa.data.read_errors import is_outage
-from diffusers_srepa.errors import DataError, one_line
+from diffusers_srepa.errors import ConfigurationError, DataError, one_line
 
 
 #: Name of the crop in the files that hold crops or their latents; another rule would get another name.
 CROP_RULE = "adm-center-crop"
+
+Color: TypeAlias = tuple[int, int, int]
+WHITE: Color = (255, 255, 255)
 
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 # The library's own decoder: Pillow, EXIF rotation applied, files and remote paths opened where bytes are not stored.
 _DECODER = datasets.Image()
 
 
-def read_crop(cell: dict[str, Any] | None, size: int, tokens: Mapping[str, Any] | None = None) -> torch.Tensor:
+def read_crop(
+    cell: dict[str, Any] | None, size: int, tokens: Mapping[str, Any] | None = None, background: Color = WHITE
+) -> torch.Tensor:
     """The training crop of an image as it is stored in a dataset.
 
     Args:
         cell: `{"bytes": ..., "path": ...}`, as an Image column with `decode=False` gives it.
         size (`int`): side of the crop.
         tokens (`Mapping`, *optional*): Hub tokens by repository, for paths on the Hub.
+        background (`tuple[int, int, int]`): what transparent pixels lie on.
 
     Returns:
         `torch.Tensor`: uint8, shape `(3, size, size)`.
@@ -46,7 +52,7 @@ def read_crop(cell: dict[str, Any] | None, size: int, tokens: Mapping[str, Any] 
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise DataError("it holds no image.")
     try:
-        return training_crop(_DECODER.decode_example(cell, token_per_repo_id=dict(tokens or {})), size)
+        return training_crop(_DECODER.decode_example(cell, token_per_repo_id=dict(tokens or {})), size, background)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds of exceptions for broken files.
@@ -112,26 +118,46 @@ def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, upper, left + size, upper + size))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def parse_color(color: str) -> Color:
+    """Red, green and blue, 0 to 255, of `"#rrggbb"` or of a name that Pillow knows.
+
+    Raises:
+        ConfigurationError: it is neither; the sentence names `transparent_color`.
+    """
+    try:
+        found: tuple[int, ...] = ImageColor.getrgb(color)
+    except ValueError:
+        found = ()
+    if len(found) != 3:
+        raise ConfigurationError(
+            f"`transparent_color` is {color!r}, but must be a colour without transparency, such as white or #808080."
+        )
+    return found[0], found[1], found[2]
+
+
+def to_rgb(image: Image.Image, background: Color = WHITE) -> Image.Image:
     """An 8-bit RGB image of a picture in any mode.
 
-    Transparency is dropped, as in ADM, not blended. Greyscale of 16 bits is scaled to 8, because Pillow's own
-    conversion would clip it. Floating point, whose range nobody knows, is a DataError.
+    Transparent pixels are blended with `background`, because their own colour is arbitrary. Greyscale of 16 bits is
+    scaled to 8, because Pillow's own conversion would clip it. Floating point, whose range nobody knows, is a
+    DataError.
     """
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
         raise DataError("its pixels are floating point (mode F): save it with 8 or 16 bits per channel.")
     if image.mode in _SIXTEEN_BIT_MODES:
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "P":
-        # By way of RGBA, because a palette with transparency in bytes makes Pillow warn.
+    if image.has_transparency_data:
         image = image.convert("RGBA")
+        flat = Image.new("RGB", image.size, background)
+        flat.paste(image.convert("RGB"), mask=image.getchannel("A"))
+        return flat
     return image.convert("RGB")
 
 
-def training_crop(image: Image.Image, size: int) -> torch.Tensor:
+def training_crop(image: Image.Image, size: int, background: Color = WHITE) -> torch.Tensor:
     """The whole way from a picture to the uint8 training crop `(3, size, size)`."""
-    crop = center_crop_adm(to_rgb(image), size)
+    crop = center_crop_adm(to_rgb(image, background), size)
     return torch.from_numpy(np.array(crop, dtype=np.uint8)).permute(2, 0, 1).contiguous()

@@ -22,9 +22,9 @@ from datasets import IterableDataset as RowStream
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffusers_srepa.data.columns import class_names, is_string, read_label
-from diffusers_srepa.data.fingerprint import stream_fingerprint
+from diffusers_srepa.data.fingerprint import on_background, stream_fingerprint
 from diffusers_srepa.data.image_dataset import MAX_REPLACEMENTS, OnBadImage, pass_over
-from diffusers_srepa.data.images import read_crop
+from diffusers_srepa.data.images import WHITE, Color, read_crop
 from diffusers_srepa.data.order import BatchLayout, check_steps, is_flipped, keyed_permutation
 from diffusers_srepa.data.read_errors import RESUME
 from diffusers_srepa.errors import ConfigurationError, DataError, one_line
@@ -76,6 +76,7 @@ class StreamingImages(IterableDataset):
         seed: int,
         horizontal_flip: bool = False,
         on_bad_image: OnBadImage = "skip",
+        background: Color = WHITE,
         block_rows: int = BLOCK_ROWS,
         name: str = "stream",
     ) -> None:
@@ -100,6 +101,7 @@ class StreamingImages(IterableDataset):
         self.horizontal_flip = horizontal_flip
         self.on_bad_image = on_bad_image
         self.block_rows = block_rows
+        self.background = background
         columns = [image_column] if label_column is None else [image_column, label_column]
         self._rows = source.select_columns(columns).cast_column(image_column, Image(decode=False))
         self._tokens = getattr(source, "_token_per_repo_id", None) or {}
@@ -137,7 +139,8 @@ class StreamingImages(IterableDataset):
     def fingerprint(self) -> str:
         """Identity of the stream as far as it is known without reading it; computed on first use."""
         try:
-            return stream_fingerprint(self._rows, self.name, self.image_column, self.label_column)
+            found = stream_fingerprint(self._rows, self.name, self.image_column, self.label_column)
+            return on_background(found, self.background)
         except Exception as error:
             raise self._unreadable(error) from error
 
@@ -240,7 +243,7 @@ class StreamingImages(IterableDataset):
         column = self.label_column
         try:
             label = 0 if column is None else read_label(row[column], self.num_classes, column)
-            pixels = read_crop(row[self.image_column], self.resolution, self._tokens)
+            pixels = read_crop(row[self.image_column], self.resolution, self._tokens, self.background)
         except DataError as error:
             pass_over(DataError(f"row {number} of the stream is unusable, {error}"), self.on_bad_image)
             return None

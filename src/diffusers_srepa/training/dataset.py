@@ -57,6 +57,7 @@ def load_dataset(config: RunConfig, method: TrainingMethod, accelerator: Acceler
                 resolution=data.resolution,
                 horizontal_flip=data.horizontal_flip,
                 on_bad_image=data.on_bad_image,
+                transparent_color=data.transparent_color,
                 seed=config.seed,
                 cache_dir=data.cache_dir,
                 latent_cache=data.latent_cache,

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
 
 from diffusers_srepa.configuration.training import RunConfig
-from diffusers_srepa.errors import ConfigurationError, one_line
-from diffusers_srepa.files import remedy, remove_folder, sha256, write_text
+from diffusers_srepa.errors import ConfigurationError, in_options, one_line
+from diffusers_srepa.files import (
+    LOCK_FILE,
+    TEMPORARY_PREFIX,
+    check_output_place,
+    remedy,
+    remove_folder,
+    sha256,
+    write_text,
+)
 
 
 logger = get_logger(__name__)
@@ -26,13 +32,15 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
-LOCK_FILE = ".run.lock"
 CHECKPOINT_PREFIX = "checkpoint-"
 ABANDONED_PREFIX = f"abandoned-{CHECKPOINT_PREFIX}"
 
 # What a run leaves in its folder; anything else there is the user's and stays untouched.
 OWN_FOLDERS = ("transformer", "vae", "scheduler", "projectors", "validation", "logs")
 _OWN_FILES = (CONFIG_FILE, METRICS_FILE, "model_index.json", "README.md", "sample_grid.png")
+
+# What a shell or a scheduler may have begun in the folder before the run starts.
+_OUTPUT_OF_LAUNCHERS = (".err", ".log", ".out")
 
 
 class CheckpointError(OSError):
@@ -83,9 +91,11 @@ def check_output_folder(config: RunConfig) -> None:
 
     Raises:
         ConfigurationError: it is a file, cannot be written to, holds another run that is neither resumed nor
-            overwritten, or holds somebody's files under names that the run would write.
+            overwritten, or holds no run but something else.
     """
     folder = Path(str(config.output_dir))
+    with in_options({"output_dir": "--output_dir"}):
+        check_output_place(folder)
     try:
         exists = folder.exists()
     except (OSError, ValueError) as error:
@@ -101,30 +111,21 @@ def check_output_folder(config: RunConfig) -> None:
     if not folder.is_dir():
         return
     if not holds_run(folder):
-        taken = [name for name in (*OWN_FOLDERS, *_OWN_FILES) if (folder / name).exists()]
-        if taken:
+        own = (LOCK_FILE, TEMPORARY_PREFIX)
+        others = [
+            path.name
+            for path in folder.iterdir()
+            if not path.name.startswith(own) and path.suffix not in _OUTPUT_OF_LAUNCHERS
+        ]
+        if others:
             raise ConfigurationError(
-                f"the output folder {folder} holds no run but a {taken[0]}, which training would write: set another "
-                "--output_dir."
+                f"the output folder {folder} holds no run but a {min(others)}: set --output_dir to a folder that is "
+                "empty or does not exist."
             )
     elif not config.overwrite_output_dir and not _resumes_from_within(config, folder):
         raise ConfigurationError(
             f"the output folder {folder} holds another run: go on with it by --resume_from_checkpoint latest, delete "
             "it by --overwrite_output_dir, or set another --output_dir."
-        )
-
-
-def check_free(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to write what a method saves over somebody's folders of the same names.
-
-    Raises:
-        ConfigurationError: one of them is there.
-    """
-    taken = sorted({name.partition("/")[0] for name in names if (folder / name.partition("/")[0]).exists()})
-    if taken:
-        raise ConfigurationError(
-            f"the output folder {folder} holds no run but a {taken[0]}, which training would write: set another "
-            "--output_dir."
         )
 
 
@@ -257,69 +258,3 @@ def set_aside_later(output_dir: Path, step: int) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(folder, aside)
             logger.warning(f"{folder.name} lies after the step that the run resumes from: it is now {aside.name}.")
-
-
-class RunLock:
-    """An exclusive lock on an output folder, which the system lets go when its process ends, however it ends.
-
-    Args:
-        folder (`Path`): made if it is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file: TextIO | None = None
-        self._has_made_folder = False
-
-    def acquire(self) -> None:
-        """Take the lock, or warn where the file system has no locks.
-
-        Raises:
-            ConfigurationError: another process has it.
-        """
-        try:
-            import fcntl
-        except ImportError:
-            return
-        self._has_made_folder = self._has_made_folder or not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / LOCK_FILE).open("a+")
-        try:
-            # `lockf`, not `flock`: loader processes that outlive a killed run must not inherit it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                logger.warning(
-                    f"the folder {self.folder} cannot be locked ({error.strerror}): start one run in it only."
-                )
-                return
-            raise ConfigurationError(
-                f"the output folder {self.folder} is in use by a run that goes on ({holder}): stop that run first, or "
-                "set another --output_dir."
-            ) from None
-        if not self._is_current(file):
-            # The holder of the lock took the file away between opening and locking.
-            file.close()
-            self.acquire()
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._file = file
-
-    def _is_current(self, file: TextIO) -> bool:
-        # Compared without opening it again: closing any handle of a file lets its `lockf` lock go.
-        path = self.folder / LOCK_FILE
-        return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-
-    def release(self) -> None:
-        """Let the lock go and take its file away, and the folder if it was made for it and is still empty."""
-        if self._file is not None:
-            (self.folder / LOCK_FILE).unlink(missing_ok=True)
-            self._file.close()
-            self._file = None
-            if self._has_made_folder and not any(self.folder.iterdir()):
-                self.folder.rmdir()

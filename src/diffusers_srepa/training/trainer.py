@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from diffusers_srepa.configuration.training import RunConfig
 from diffusers_srepa.data.batches import training_batches
 from diffusers_srepa.errors import ConfigurationError, in_options
-from diffusers_srepa.files import remove_incomplete, write_text
+from diffusers_srepa.files import FolderLock, remove_incomplete, write_text
 from diffusers_srepa.training import checkpoint
 from diffusers_srepa.training.callbacks import TrainerCallback
 from diffusers_srepa.training.checkpoint import RunState
@@ -40,12 +40,9 @@ from diffusers_srepa.training.resume import Resumed, check_same_run, find_resume
 from diffusers_srepa.training.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
-    RunLock,
-    check_free,
     check_output_folder,
     checkpoint_folders,
     clear_output_folder,
-    holds_run,
     set_aside_later,
     truncate_metrics,
     writing_to,
@@ -99,7 +96,7 @@ class Trainer:
         self.accelerator = build_accelerator(config, resolve_trackers(config.tracking.report_to))
         with in_options(DATA_OPTIONS):
             self.micro_batch_size = micro_batch_size(config.training, self.accelerator.num_processes)
-        self.lock = RunLock(self.output_dir)
+        self.lock = FolderLock(self.output_dir, "run")
         self.stop_request = StopRequest(self.accelerator)
         self.guard = NonFiniteGuard(config.training.max_skipped_steps)
         self.step = 0
@@ -121,7 +118,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
             # Before the checkpoint is chosen, which a run that goes on here may still be adding to.
-            with writing_to(self.output_dir):
+            with writing_to(self.output_dir), in_options({"output_dir": "--output_dir"}):
                 self.lock.acquire()
         accelerator.wait_for_everyone()
         resumed = find_resume(config, accelerator)
@@ -180,8 +177,6 @@ class Trainer:
         config = self.config
         if self.accelerator.is_main_process:
             with writing_to(self.output_dir):
-                if not holds_run(self.output_dir):
-                    check_free(self.output_dir, saved_parts(self.modules))
                 if config.overwrite_output_dir and not config.resume_from_checkpoint:
                     clear_output_folder(self.output_dir, saved_parts(self.modules))
                 write_text(self.output_dir / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))

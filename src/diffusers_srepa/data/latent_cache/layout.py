@@ -3,7 +3,8 @@
 A cache is a folder of `shard_00000.bin, ...` and one `latents.json`. A shard holds `shard_rows` rows one after the
 other (the last shard what is left), each `copies x 2C x h x w` numbers of one dtype: mean and standard deviation of
 the latent, then the same of the mirrored image where the cache has it. While it is being written, `latents.json` is
-called `latents.incomplete.json`. Beside a finished shard lies `shard_00000.json` with its unreadable rows.
+called `latents.incomplete.json`. Beside a finished shard lies `shard_00000.json` with its unreadable rows and its
+SHA-256; `latents.json` has those of all shards. Caches of earlier versions of this package have no checksums.
 """
 
 from __future__ import annotations

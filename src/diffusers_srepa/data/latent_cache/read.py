@@ -1,20 +1,26 @@
-"""Reading a latent cache: moments by row number, through a memory map."""
+"""Reading a latent cache: moments by row number."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
 
 from diffusers_srepa.data.fingerprint import same_images
 from diffusers_srepa.data.latent_cache.layout import FORMAT_VERSION, LAYOUT_FILE, CacheLayout, shard_file
+from diffusers_srepa.data.latent_cache.verify import damaged_shards
 from diffusers_srepa.errors import ConfigurationError, DataError, one_line
 
 
 _WRITE_AGAIN = "write the cache again with diffusers-srepa cache-latents (option `latent_cache`)"
+_WRITE_SHARDS = (
+    "run the same diffusers-srepa cache-latents command again, which writes such shards anew (option `latent_cache`)"
+)
 
 
 class LatentCache:
@@ -24,21 +30,44 @@ class LatentCache:
         folder (`Path`): the cache.
         layout (`CacheLayout`): what it holds.
         unreadable (`frozenset[int]`): rows whose image could not be read when the cache was written.
+        checksums (`Sequence[str]`, *optional*): SHA-256 of every shard; caches of earlier versions have none.
     """
 
-    def __init__(self, folder: Path, layout: CacheLayout, unreadable: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: CacheLayout,
+        unreadable: frozenset[int] = frozenset(),
+        checksums: Sequence[str] | None = None,
+    ) -> None:
         self.folder = folder
         self.layout = layout
         self.unreadable = unreadable
-        self._shards: dict[int, np.ndarray] = {}
+        self.checksums = checksums
+        self._shards: dict[int, BinaryIO] = {}
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
+    def open(cls, folder: str | Path, *, verify: bool = False) -> Self:
         """Open a finished cache, as `cache_latents` writes it.
+
+        Args:
+            folder (`str`): the cache.
+            verify (`bool`): hash every shard, also those that were found right before, and write nothing.
 
         Raises:
             ConfigurationError: the cache is missing, unfinished, damaged or of another format.
         """
+        cache = cls.open_unchecked(folder)
+        damaged = damaged_shards(cache.folder, cache.layout, cache.checksums, remember=not verify)
+        if damaged:
+            raise ConfigurationError(
+                f"the latent cache is damaged, because {'; '.join(damaged.values())}: {_WRITE_SHARDS}."
+            )
+        return cache
+
+    @classmethod
+    def open_unchecked(cls, folder: str | Path) -> Self:
+        """As `open`, but the shards are not looked at."""
         folder = Path(folder)
         try:
             content = json.loads((folder / LAYOUT_FILE).read_text())
@@ -47,7 +76,10 @@ class LatentCache:
                     f"the latent cache {folder} has format {content['version']}, but this version reads format "
                     f"{FORMAT_VERSION}: {_WRITE_AGAIN}."
                 )
-            cache = cls(folder, CacheLayout.from_json(content), frozenset(content["unreadable"]))
+            layout, checksums = CacheLayout.from_json(content), content.get("sha256")
+            if checksums is not None and len(checksums) != layout.num_shards:
+                raise TypeError("sha256")
+            return cls(folder, layout, frozenset(content["unreadable"]), checksums)
         except (FileNotFoundError, NotADirectoryError):
             if any(folder.glob("*shard_*")):
                 raise ConfigurationError(
@@ -62,16 +94,6 @@ class LatentCache:
             raise ConfigurationError(
                 f"{folder / LAYOUT_FILE} is damaged ({type(error).__name__}): {_WRITE_AGAIN}."
             ) from error
-        for shard in range(cache.layout.num_shards):
-            path = shard_file(folder, shard)
-            expected = len(cache.layout.rows_of(shard)) * cache.layout.bytes_per_row
-            found = path.stat().st_size if path.is_file() else 0
-            if found != expected:
-                raise ConfigurationError(
-                    f"the latent cache is damaged, because {path} has {found} bytes instead of {expected}: "
-                    f"{_WRITE_AGAIN}."
-                )
-        return cache
 
     def check(
         self,
@@ -118,22 +140,24 @@ class LatentCache:
         if row in self.unreadable:
             raise DataError(f"the image of row {row} of the dataset was unreadable when its latent was cached.")
         shard, place = divmod(row, self.layout.shard_rows)
-        return torch.from_numpy(self._shard(shard)[place, int(flipped)].astype(np.float32))
-
-    def _shard(self, shard: int) -> np.ndarray:
-        if shard not in self._shards:
-            layout, path = self.layout, shard_file(self.folder, shard)
-            shape = (len(layout.rows_of(shard)), layout.copies, *layout.shape)
-            try:
-                self._shards[shard] = np.memmap(path, dtype=layout.dtype, mode="r", shape=shape)
-            except (OSError, ValueError) as error:
-                # Not a DataError, for which another row would step in, and another for each of its thousands.
-                raise ConfigurationError(
-                    f"{path} of the latent cache cannot be read any more ({one_line(error)}): bring it back, or "
-                    f"{_WRITE_AGAIN}."
-                ) from error
-        return self._shards[shard]
+        size = self.layout.bytes_per_row
+        path = shard_file(self.folder, shard)
+        try:
+            if shard not in self._shards:
+                self._shards[shard] = path.open("rb", buffering=0)
+            # Read, not mapped: a process that touches the map of a file that was truncated is killed (SIGBUS).
+            content = os.pread(self._shards[shard].fileno(), size, place * size)
+            if len(content) != size:
+                raise OSError(f"it ends before row {row}")
+        except OSError as error:
+            # Not a DataError, for which another row would step in, and another for each of its thousands.
+            raise ConfigurationError(
+                f"{path} of the latent cache cannot be read any more ({one_line(error)}): bring it back, or "
+                f"{_WRITE_SHARDS}."
+            ) from error
+        copies = np.frombuffer(content, dtype=self.layout.dtype).reshape(self.layout.copies, *self.layout.shape)
+        return torch.from_numpy(copies[int(flipped)].astype(np.float32))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map would carry the whole shard into every loader process.
+        # Open files cannot be pickled.
         return self.__dict__ | {"_shards": {}}

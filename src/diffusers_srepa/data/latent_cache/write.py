@@ -7,8 +7,10 @@ them done writes the one file that makes the folder a cache.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Generator
 from contextlib import closing
@@ -31,8 +33,17 @@ from diffusers_srepa.data.latent_cache.layout import (
     shard_file,
 )
 from diffusers_srepa.data.latent_cache.read import LatentCache
+from diffusers_srepa.data.latent_cache.verify import damaged_shards
 from diffusers_srepa.errors import ConfigurationError, DataError
-from diffusers_srepa.files import TEMPORARY_PREFIX, write_text, written_file
+from diffusers_srepa.files import (
+    LOCK_FILE,
+    TEMPORARY_PREFIX,
+    FolderLock,
+    check_output_place,
+    sha256,
+    write_text,
+    written_file,
+)
 from diffusers_srepa.latents.latent_space import LatentSpace
 
 
@@ -59,7 +70,7 @@ def cache_latents(
     """Encode every image of `dataset` and store mean and standard deviation of its latent.
 
     Called again after an interruption, also with another number of processes, it goes on where it was; called on a
-    finished cache of the same content, it returns that.
+    finished cache of the same content, it returns that, after the first process has written damaged shards again.
 
     Args:
         dataset (`ImageDataset`): the images, with their resolution and crop.
@@ -75,11 +86,12 @@ def cache_latents(
         show_progress (`bool`): whether this process shows a progress bar.
 
     Returns:
-        The cache, or None while shards of other processes are missing; rows whose image cannot be read are recorded in
-        it.
+        The cache, or None while shards of other processes are missing, and where a finished cache is the first
+        process's business alone; rows whose image cannot be read are recorded in it.
 
     Raises:
-        ConfigurationError: the folder holds another cache, the disk is too small, or a number is out of range.
+        ConfigurationError: the folder holds another cache or something else, or is being written to, the disk is too
+            small, or a number is out of range.
         DataError: no image can be read, an image cannot be read where the dataset's `on_bad_image` is `"raise"`,
             latents do not fit into `dtype`, or writing fails; what is finished stays.
     """
@@ -96,29 +108,42 @@ def cache_latents(
         fingerprint=dataset.fingerprint,
         shard_rows=shard_rows,
     )
+    # One per process of a launch: two launches have a first process each.
+    name = f"{LOCK_FILE}.{process_index}" if process_index else LOCK_FILE
+    lock = FolderLock(folder, "cache-latents", name)
     try:
-        if _join(folder, layout):
+        check_cache_folder(folder)
+        lock.acquire()
+        state = _join(folder, layout)
+        if state is not None and process_index > 0:
+            return None
+        if state == "finished" and not _reopen(folder):
             return LatentCache.open(folder)
         missing = [shard for shard in range(layout.num_shards) if not done_file(folder, shard).is_file()]
         _check_space(folder, layout, missing)
-        mine = [shard for shard in missing if shard % num_processes == process_index]
+        mine = [shard for shard in missing if state is not None or shard % num_processes == process_index]
         total = sum(len(layout.rows_of(shard)) for shard in mine)
         batches = _batches(dataset, layout, mine, batch_size, num_workers)
         with closing(batches), tqdm(total=total, desc="latents", unit="img", disable=not show_progress) as progress:
             for shard in mine:
                 unreadable: list[int] = []
+                digest = hashlib.sha256()
                 with written_file(shard_file(folder, shard)) as temporary, temporary.open("wb") as file:
                     for rows, crops, readable in islice(batches, -(-len(layout.rows_of(shard)) // batch_size)):
-                        file.write(_encode(latent_space, crops.to(device), layout).tobytes())
+                        content = _encode(latent_space, crops.to(device), layout).tobytes()
+                        file.write(content)
+                        digest.update(content)
                         unreadable += rows[~readable].tolist()
                         progress.update(len(rows))
-                _write_json(done_file(folder, shard), {"unreadable": unreadable})
+                _write_json(done_file(folder, shard), {"unreadable": unreadable, "sha256": digest.hexdigest()})
         return _finish(folder, layout)
     except OSError as error:
         raise DataError(
             f"the latent cache in {folder} could not be written ({error.strerror or error}): free space or change "
             f"`output_dir`, then {_AGAIN}."
         ) from error
+    finally:
+        lock.release()
 
 
 class _Crops(Dataset):
@@ -159,15 +184,33 @@ def _encode(latent_space: LatentSpace, crops: torch.Tensor, layout: CacheLayout)
     return moments.numpy()
 
 
-def _join(folder: Path, layout: CacheLayout) -> bool:
-    """Make `folder` the place of this cache; True if it is finished already."""
-    folder.mkdir(parents=True, exist_ok=True)
+def check_cache_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a cache, finished or not.
+
+    Raises:
+        ConfigurationError: it is not empty and none of a cache, or the root of a file system or the home folder.
+    """
+    check_output_place(folder)
+    if (folder / LAYOUT_FILE).exists() or (folder / INCOMPLETE_LAYOUT_FILE).exists() or not folder.is_dir():
+        return
+    # Another process of this launch may have just begun or finished the cache.
+    own = rf"shard_\d+\.(bin|json)|latents\..*|({re.escape(LOCK_FILE)}|{re.escape(TEMPORARY_PREFIX)}).*"
+    others = [path.name for path in folder.iterdir() if not re.fullmatch(own, path.name)]
+    if others:
+        raise ConfigurationError(
+            f"the folder {folder} is not empty ({min(others)}) and holds no latent cache: change `output_dir`."
+        )
+
+
+def _join(folder: Path, layout: CacheLayout) -> Literal["finished", "reopened"] | None:
+    """Make `folder` the place of this cache; whether it is finished already, or was and has lost shards."""
     for file in (folder / LAYOUT_FILE, folder / INCOMPLETE_LAYOUT_FILE):
         try:
-            found = CacheLayout.from_json(json.loads(file.read_text()))
+            content = json.loads(file.read_text())
+            found = CacheLayout.from_json(content)
         except FileNotFoundError:
             continue
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{file} is damaged: remove it or change `output_dir`.") from error
         differences = [
             f"{name} {getattr(found, name)}, not {value}"
@@ -178,9 +221,28 @@ def _join(folder: Path, layout: CacheLayout) -> bool:
             raise ConfigurationError(
                 f"{folder} holds a latent cache of something else ({'; '.join(differences)}): change `output_dir`."
             )
-        return file.name == LAYOUT_FILE
+        if file.name == LAYOUT_FILE:
+            return "finished"
+        return "reopened" if content.get("reopened") else None
     _write_json(folder / INCOMPLETE_LAYOUT_FILE, layout.to_json())
-    return False
+    return None
+
+
+def _reopen(folder: Path) -> bool:
+    """Make an unfinished cache of a finished one with damaged shards, which are then missing; False if it has none."""
+    cache = LatentCache.open_unchecked(folder)
+    damaged = damaged_shards(folder, cache.layout, cache.checksums)
+    if not damaged:
+        return False
+    logger.warning(f"{len(damaged)} shards are written again: {'; '.join(damaged.values())}.")
+    # In this order, so that a process that is killed meanwhile leaves either a damaged cache or an unfinished one. The
+    # mark keeps processes that come to it at different times from sharing the work otherwise than they began.
+    _write_json(folder / INCOMPLETE_LAYOUT_FILE, cache.layout.to_json() | {"reopened": True})
+    for shard in damaged:
+        done_file(folder, shard).unlink(missing_ok=True)
+        shard_file(folder, shard).unlink(missing_ok=True)
+    (folder / LAYOUT_FILE).unlink()
+    return True
 
 
 def _finish(folder: Path, layout: CacheLayout) -> LatentCache | None:
@@ -188,12 +250,15 @@ def _finish(folder: Path, layout: CacheLayout) -> LatentCache | None:
     done = [done_file(folder, shard) for shard in range(layout.num_shards)]
     if not all(file.is_file() for file in done):
         return None
-    unreadable = [row for file in done for row in json.loads(file.read_text())["unreadable"]]
+    records = [json.loads(file.read_text()) for file in done]
+    unreadable = [row for record in records for row in record["unreadable"]]
     if len(unreadable) == layout.rows:
         raise DataError("not one image of the dataset can be read: see the warnings above (option `name_or_path`).")
     if unreadable:
         logger.warning(f"{len(unreadable)} of {layout.rows} images could not be read and were recorded in the cache.")
-    _write_json(folder / LAYOUT_FILE, layout.to_json() | {"unreadable": unreadable})
+    # Shards of earlier versions of this package were marked as done without a checksum.
+    checksums = [record.get("sha256") or sha256(shard_file(folder, shard)) for shard, record in enumerate(records)]
+    _write_json(folder / LAYOUT_FILE, layout.to_json() | {"unreadable": unreadable, "sha256": checksums})
     (folder / INCOMPLETE_LAYOUT_FILE).unlink(missing_ok=True)
     # Of shards only, because another process may be writing the layout file at this moment.
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}shard_*"):

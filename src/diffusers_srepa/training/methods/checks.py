@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffusers_srepa.alignment.presets import default_depth
 from diffusers_srepa.configuration.training import TrainingConfig
 from diffusers_srepa.errors import in_options
+from diffusers_srepa.files import check_name
 
 
 def check_names(config: TrainingConfig) -> None:
@@ -19,6 +20,15 @@ def check_names(config: TrainingConfig) -> None:
 
     with in_options({"preset": "option model.preset"}):
         find_preset(config.model.preset)
+    alignment = config.alignment
+    named = {
+        "alignment.taps": alignment.taps,
+        "alignment.projectors": alignment.projectors,
+        "teachers": config.teachers,
+    }
+    for section, names in named.items():
+        for name in names:
+            check_name(f"a name in {section}", name)
     terms = {name: term for name, term in config.alignment.terms.items() if term is not None}
     build_terms(terms, config.alignment.target_transform)
 
