@@ -94,6 +94,7 @@ def run(argv: Sequence[str], prog: str) -> None:
 
     import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     from diffusers_srepa.data.datasets import load_image_dataset
     from diffusers_srepa.data.image_dataset import ImageDataset
@@ -102,7 +103,9 @@ def run(argv: Sequence[str], prog: str) -> None:
 
     with in_options(names):
         check_cache_folder(place)
-    state, latents, images = PartialState(), options.latents, dict(vars(options.data))
+    # Without being told, it takes processes on the CPU for runs of their own.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    latents, images = options.latents, dict(vars(options.data))
     with in_options({"name_or_path": "--latents.vae", "subfolder": "--latents.subfolder"}):
         dtype, where = getattr(torch, latents.dtype), {"subfolder": latents.subfolder, "revision": latents.revision}
         latent_space = load_latent_space(latents.vae, dtype=dtype, **where)
